@@ -1,0 +1,80 @@
+"""The run card: where numbers come from. Two runs are comparable, and a run resumable, where `fingerprint()` agrees."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_PACKAGES = ("dhlens", "torch", "transformers", "transformer-lens", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a number."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """Origin of a Trace or a run: everything that can change a number, as JSON values."""
+
+    model: str
+    """The name the model was loaded by."""
+    revision: str | None = None
+    """Hub revision, where there is one."""
+    weights_sha256: str | None = None
+    """Hash of the weight files; None for a model object handed in."""
+    dtype: str = "float32"
+    """Parameter dtype."""
+    seed: int | None = None
+    """Seed of the task's draws."""
+    versions: Mapping[str, str] = field(default_factory=versions)
+    """Package versions."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Capture options (sink, local, k, spans, hidden sites), prompt template, generation, masking mode."""
+    haystack_sha256: str | None = None
+    """Hash of the haystack text."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What happened: rows, low_margin, mismatch, drafted, accepted. Not part of the fingerprint."""
+
+    def with_settings(self, **settings: Any) -> "RunCard":
+        """This card with `settings` added or replaced."""
+        return dataclasses.replace(self, settings={**self.settings, **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RunCard":
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+    def fingerprint(self) -> str:
+        """sha256 over all fields but `counts`."""
+        data = {k: v for k, v in self.to_dict().items() if k != "counts"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: "RunCard") -> list[str]:
+        """One line for each field or setting in which two cards differ, counts aside."""
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        keys = sorted(k for k in {*mine, *theirs} if not k.startswith("counts.") and mine.get(k) != theirs.get(k))
+        return [f"{k}: {mine.get(k)!r} here, {theirs.get(k)!r} there" for k in keys]
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return out

@@ -1,0 +1,293 @@
+"""The engine: let a model answer, and look at the attention of every generation step.
+
+Look after, not during. Prompts are prefilled on the fused-attention twin, beginnings shared. The answer is generated
+on the twin, then replayed as one block of rows through the hooked model on the same cache, with reads attached. With a
+draft the hooked block comes first: it confirms the guessed answer and is the observation at once. Memory is O(rows x
+keys) per layer.
+
+Greedy decoding throughout. A block confirms a token only where its top-2 logit margin exceeds `model.tie`; the others
+are decoded singly, so that a draft never changes an answer (`low_margin` in the card counts them).
+"""
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dhlens.card import RunCard
+from dhlens.drafts import Draft, Guess, guesser
+from dhlens.episode import Episode, Outcome
+from dhlens.model import Model
+from dhlens.prefill import prefill, straddles
+from dhlens.reads import Capture
+from dhlens.record import Block, read_block, record
+from dhlens.stream import Stream
+from dhlens.trace import Trace
+
+ROWS = 128
+"""Rows per hooked block; longer stretches are read in several."""
+
+
+def observe(
+    model: Model,
+    episodes: Sequence[Episode],
+    *,
+    max_new_tokens: int = 48,
+    draft: Draft = True,
+    rows: str | None = None,
+    capture: Capture = Capture(),
+    share: bool = True,
+    progress: bool = True,
+) -> Trace:
+    """Generate greedily and read the attention of every step.
+
+    Args:
+        model: a loaded model.
+        episodes: prompts; see `dhlens.tasks`.
+        max_new_tokens: most answer tokens, the stop token included.
+        draft: True confirms the known answer in one block, "lookup" drafts from the prompt, False decodes singly. The
+            result
+            is the same up to ties.
+        rows: observe the prompt rows of the span with this name instead of an answer; nothing is generated.
+        capture: what to keep of every row.
+        share: compute shared beginnings once.
+        progress: show a bar.
+
+    Raises:
+        ValueError: see `check_episodes`; the span `rows` is missing.
+
+    Source: arXiv 2602.11162, section 3 (greedy decoding, attention of the last token at each step).
+    """
+    traces = observe_each(
+        model, episodes, max_new_tokens=max_new_tokens, draft=draft, rows=rows, capture=capture, share=share
+    )
+    found = dict(tqdm(traces, total=len(episodes), desc="observe", unit="episode", disable=not progress))
+    trace = Trace.cat([found[i] for i in range(len(episodes))])
+    warn_mismatch(trace.card)
+    return trace
+
+
+def observe_each(
+    model: Model,
+    episodes: Sequence[Episode],
+    *,
+    max_new_tokens: int = 48,
+    draft: Draft = True,
+    rows: str | None = None,
+    capture: Capture = Capture(),
+    share: bool = True,
+    only: Collection[int] | None = None,
+) -> Iterator[tuple[int, Trace]]:
+    """`observe`, one episode at a time as they are done: (index, its Trace). `only` picks indices, as after a kill.
+
+    Raises:
+        ValueError: see `observe`; raised here, before any pass.
+    """
+    check_episodes(model, episodes, max_new_tokens=0 if rows else max_new_tokens)
+    guesses = [guesser(draft, e, model.stop_ids) for e in episodes]
+    upto = None if rows is None else [min(e.span(rows).start, len(e.tokens) - 1) for e in episodes]
+    for name in capture.hidden:
+        model.hidden_site(name)
+    card = observation_card(model, max_new_tokens=max_new_tokens, draft=draft, rows=rows, capture=capture, share=share)
+
+    def each() -> Iterator[tuple[int, Trace]]:
+        for i, stream in prefill(model, episodes, upto=upto, share=share, only=only):
+            if rows is None:
+                yield i, _observe_answer(model, stream, episodes[i], guesses[i], max_new_tokens, capture, card)
+            else:
+                yield i, _observe_prompt(model, stream, episodes[i], rows, capture, card)
+
+    return each()
+
+
+def generate(
+    model: Model,
+    episodes: Sequence[Episode],
+    *,
+    max_new_tokens: int = 48,
+    draft: Draft = False,
+    share: bool = True,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Greedy answers on the fast twin, nothing observed. Arguments and errors as in `observe`."""
+    check_episodes(model, episodes, max_new_tokens=max_new_tokens)
+    found: dict[int, Outcome] = {}
+    streams = prefill(model, episodes, share=share)
+    for i, stream in tqdm(streams, total=len(episodes), desc="generate", unit="episode", disable=not progress):
+        guess = guesser(draft, episodes[i], model.stop_ids)
+        tokens, _ = _greedy(model, stream, [int(episodes[i].tokens[-1])], max_new_tokens, guess)
+        found[i] = _outcome(model, episodes[i], tokens)
+    return [found[i] for i in range(len(episodes))]
+
+
+def replay(
+    model: Model,
+    episodes: Sequence[Episode],
+    answers: Sequence[Int[Tensor, " step"]],
+    *,
+    capture: Capture = Capture(),
+    share: bool = True,
+    progress: bool = True,
+) -> Trace:
+    """Observe given answers (teacher forcing): row s is fed answer token s-1 and records answer token s as next.
+
+    Raises:
+        ValueError: see `check_episodes`; an answer is empty, or their number is not that of the episodes.
+    """
+    if len(answers) != len(episodes) or any(len(a) == 0 for a in answers):
+        raise ValueError(
+            f"replay needs one non-empty answer per episode, got {len(answers)} for {len(episodes)} episodes"
+        )
+    check_episodes(model, episodes, max_new_tokens=max(map(len, answers), default=0))
+    card = observation_card(model, max_new_tokens=None, draft="given", rows=None, capture=capture, share=share)
+    found: dict[int, Trace] = {}
+    streams = prefill(model, episodes, share=share)
+    for i, stream in tqdm(streams, total=len(episodes), desc="replay", unit="episode", disable=not progress):
+        tokens = answers[i].tolist()
+        blocks = _read_rows(model, stream, [int(episodes[i].tokens[-1]), *tokens[:-1]], episodes[i], capture)
+        outcome = _outcome(model, episodes[i], tokens, given=True)
+        found[i] = record(episodes[i], outcome, card, blocks, next_tokens=tokens, first=len(episodes[i].tokens) - 1)
+    return Trace.cat([found[i] for i in range(len(episodes))])
+
+
+def check_episodes(model: Model, episodes: Sequence[Episode], *, max_new_tokens: int) -> None:
+    """Refuse what cannot be run, before any forward pass.
+
+    Raises:
+        ValueError: no episodes, doubled ids, tokens outside the vocabulary, prompt and answer beyond the model's
+            positions, or position factors that change on the way (`rope_breaks`).
+    """
+    if not episodes:
+        raise ValueError("there must be at least one episode, got none")
+    doubled = [name for name, n in Counter(e.id for e in episodes).items() if n > 1]
+    if doubled:
+        raise ValueError(f"episode ids must be unique, got {doubled[0]!r} more than once")
+    vocabulary = model.hooked.cfg.d_vocab
+    for e in episodes:
+        n, total = len(e.tokens), len(e.tokens) + max_new_tokens
+        if total > model.max_positions:
+            raise ValueError(
+                f"episode {e.id!r}: {n} prompt tokens and {max_new_tokens} new ones exceed the model's "
+                f"{model.max_positions} positions"
+            )
+        if straddles(model.rope_breaks, n - 1, total):
+            raise ValueError(
+                f"episode {e.id!r}: position factors change at length {model.rope_breaks[0]}, between the prompt's "
+                f"{n} tokens and its end at {total}; choose a length on one side"
+            )
+        if int(e.tokens.min()) < 0 or int(e.tokens.max()) >= vocabulary:
+            raise ValueError(
+                f"episode {e.id!r}: token ids must lie in 0..{vocabulary - 1}: tokenised for another model?"
+            )
+
+
+def observation_card(model: Model, *, capture: Capture, **settings: Any) -> RunCard:
+    """The model's card with what decides an observation's numbers."""
+    return model.card.with_settings(**settings, capture=capture.settings(), twin=model.twin is not None)
+
+
+def warn_mismatch(card: RunCard) -> None:
+    """Warn where the hooked model would have said something else than was emitted in over 1 % of the rows."""
+    wrong, n = card.counts.get("mismatch", 0), card.counts.get("rows", 0)
+    if n and wrong > 0.01 * n:
+        warnings.warn(f"the hooked model disagrees with the emitted token in {wrong} of {n} rows", stacklevel=3)
+
+
+def _observe_answer(
+    model: Model, stream: Stream, episode: Episode, guess: Guess, room: int, capture: Capture, card: RunCard
+) -> Trace:
+    last = int(episode.tokens[-1])
+    tokens: list[int] = []
+    blocks: list[Block] = []
+    counts: Counter[str] = Counter()
+    drafted = guess([])[: _reach(stream, room) - 1]
+    if drafted:
+        start = stream.mark()
+        block = read_block(model, stream, [last, *drafted], episode, capture)
+        tokens = _confirmed(model, block.logits, drafted, counts)
+        stream.rewind(start, keep=len(tokens))
+        blocks.append(block.first(len(tokens)))
+    if not tokens or (tokens[-1] not in model.stop_ids and len(tokens) < room):
+        seen, start = len(tokens), stream.mark()
+        tokens, more = _greedy(model, stream, [last, *tokens], room, guess)
+        counts += more
+        stream.rewind(start)
+        blocks += _read_rows(model, stream, [last, *tokens][seen : len(tokens)], episode, capture)
+    outcome = _outcome(model, episode, tokens)
+    card = dataclasses.replace(card, counts=dict(counts))
+    return record(episode, outcome, card, blocks, next_tokens=tokens, first=len(episode.tokens) - 1)
+
+
+def _observe_prompt(
+    model: Model, stream: Stream, episode: Episode, rows: str, capture: Capture, card: RunCard
+) -> Trace:
+    span = episode.span(rows)
+    blocks = _read_rows(model, stream, episode.tokens[stream.length : span.stop].tolist(), episode, capture)
+    following = episode.tokens[span.start + 1 : span.stop + 1].tolist()
+    if span.stop == len(episode.tokens):
+        following.append(int(blocks[-1].logits[-1].argmax()))
+    return record(
+        episode, _outcome(model, episode, [], given=True), card, blocks, next_tokens=following, first=span.start
+    )
+
+
+def _read_rows(model: Model, stream: Stream, fed: list[int], episode: Episode, capture: Capture) -> list[Block]:
+    return [read_block(model, stream, fed[i : i + ROWS], episode, capture) for i in range(0, len(fed), ROWS)]
+
+
+def _greedy(model: Model, stream: Stream, said: list[int], room: int, guess: Guess) -> tuple[list[int], Counter[str]]:
+    """Decode on the twin. `said`: the last prompt token and what is emitted; the stream lacks the last of these."""
+    tokens, fed = said[1:], said[-1]
+    counts: Counter[str] = Counter()
+    undecided = False
+    while len(tokens) < room and not (tokens and tokens[-1] in model.stop_ids):
+        drafted = [] if undecided else guess(tokens)[: min(room - len(tokens), _reach(stream, room)) - 1]
+        start = stream.mark()
+        logits = stream.feed(torch.tensor([[fed, *drafted]]), keep=len(drafted) + 1)[0]
+        found = _confirmed(model, logits, drafted, counts) if drafted else [_finite_argmax(logits)]
+        stream.rewind(start, keep=len(found))
+        undecided = not found
+        tokens += found
+        fed = tokens[-1] if tokens else said[0]
+    return tokens, counts
+
+
+def _confirmed(model: Model, logits: Float[Tensor, "row vocab"], drafted: list[int], counts: Counter[str]) -> list[int]:
+    """Tokens that greedy decoding would emit, as far as the rows of a drafted block decide it."""
+    top = logits.float().topk(2, dim=-1)
+    _finite_argmax(logits)
+    margins, choice = (top.values[:, 0] - top.values[:, 1]).tolist(), top.indices[:, 0].tolist()
+    counts["drafted"] += len(drafted)
+    found: list[int] = []
+    for i, token in enumerate(choice):
+        if margins[i] < model.tie:
+            counts["low_margin"] += 1
+            break
+        found.append(token)
+        if token in model.stop_ids or i == len(drafted) or token != drafted[i]:
+            break
+    counts["accepted"] += sum(a == b for a, b in zip(found, drafted, strict=False))
+    return found
+
+
+def _finite_argmax(logits: Float[Tensor, "row vocab"]) -> int:
+    if bool(logits.isnan().any()):
+        raise ValueError("the model's logits are NaN: its weights or its dtype cannot carry this prompt")
+    return int(logits[-1].argmax())
+
+
+def _reach(stream: Stream, room: int) -> int:
+    return room if stream.reach is None else min(room, stream.reach)
+
+
+def _outcome(model: Model, episode: Episode, tokens: list[int], *, given: bool = False) -> Outcome:
+    stopped = bool(tokens) and tokens[-1] in model.stop_ids
+    text = model.tokenizer.decode(tokens[:-1] if stopped else tokens)
+    why = "given" if given else "stop_token" if stopped else "max_new_tokens"
+    return Outcome(torch.tensor(tokens, dtype=torch.long), text, episode.judge(text), why)

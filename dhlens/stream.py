@@ -1,0 +1,250 @@
+"""A Stream: one growing key/value cache of one model, with marks to return to and cheap forks.
+
+`feed` runs tokens behind what was fed before, on the fused-attention twin (`hooks=None`) or on the hooked model.
+`mark` and `rewind` undo feeding, `fork` branches it; neither copies keys of full-attention layers. Two backends keep
+one behaviour: the Hugging Face cache (bridge and twin) and the TransformerLens cache (HookedTransformer). Columns of a
+sliding-window layer are not positions; `dhlens.hooks.first_key` is the one place that maps them.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from dhlens.hooks import Hook
+from dhlens.masks import LayerMasks
+
+CHUNK = 256
+"""Rows per pass where a long feed has to go through the hooked model, whose attention is not fused."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a stream to return to."""
+
+    length: int
+    layers: tuple[Any, ...]
+    """Shallow copies of what a crop cannot restore (sliding layers), else None."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Tokens fed so far, their cache, and what can be done next."""
+
+    length: int
+    """Positions fed."""
+    reach: int | None
+    """Longest block of which `rewind(mark, keep=...)` can keep a part; None: any."""
+
+    def feed(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        *,
+        hooks: Sequence[Hook] | None = None,
+        keep: int = 1,
+        positions: Int[Tensor, "1 new"] | None = None,
+        mask: LayerMasks | None = None,
+    ) -> Float[Tensor, "batch keep vocab"]:
+        """Run `tokens`, return the logits of the last `keep` rows; with `hooks` through the hooked model."""
+        ...
+
+    def mark(self) -> Mark:
+        """Remember this place."""
+        ...
+
+    def rewind(self, mark: Mark, keep: int = 0) -> None:
+        """Forget what was fed since `mark`, but for its first `keep` tokens."""
+        ...
+
+    def fork(self) -> "Stream":
+        """An independent stream that goes on from here."""
+        ...
+
+
+@contextmanager
+def attached(hooked: Any, hooks: Sequence[Hook]) -> Iterator[None]:
+    """Attach hooks to the model's hook points and remove exactly these on the way out, whatever happens.
+
+    Unlike `model.hooks(...)` this builds no table of all hook names, which matters once per decoded token.
+
+    Raises:
+        ValueError: the model has no such hook.
+    """
+    points = [(_point(hooked, name), fn) for name, fn in hooks]
+    added: list[tuple[Any, Any]] = []
+    try:
+        for point, fn in points:
+            point.add_hook(fn)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
+
+
+def _point(hooked: Any, name: str) -> Any:
+    point = hooked
+    for part in name.split("."):
+        point = point[int(part)] if part.isdigit() else getattr(point, part, None)
+        if point is None:
+            raise ValueError(f"{type(hooked).__name__} has no hook {name!r}")
+    return point
+
+
+def _feed_ahead(stream: Stream, tokens: Tensor, keep: int, chunk: int | None) -> Tensor:
+    """Feed all but the last chunk through the hooked model; what is left ends the pass and holds the kept rows."""
+    while chunk and tokens.shape[1] > max(chunk, keep):
+        n = min(chunk, tokens.shape[1] - keep)
+        stream.feed(tokens[:, :n], hooks=())
+        tokens = tokens[:, n:]
+    return tokens
+
+
+class HFStream:
+    """A Stream on the Hugging Face cache: the twin and the bridge take turns on it."""
+
+    def __init__(self, hooked: Any, twin: Any, *, chunk: int | None = CHUNK) -> None:
+        self._hooked, self._twin, self._chunk = hooked, twin, chunk
+        self._cache = DynamicCache(config=hooked.original_model.config)
+        windows = [w for w in map(layer_window, self._cache.layers) if w is not None]
+        self.length = 0
+        self.reach = min(windows) - 1 if windows else None
+
+    @torch.no_grad()
+    def feed(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        *,
+        hooks: Sequence[Hook] | None = None,
+        keep: int = 1,
+        positions: Int[Tensor, "1 new"] | None = None,
+        mask: LayerMasks | None = None,
+    ) -> Float[Tensor, "batch keep vocab"]:
+        """See `Stream.feed`."""
+        device = self._hooked.original_model.get_input_embeddings().weight.device
+        tokens = tokens.to(device)
+        if hooks is None and self._twin is None:
+            tokens = _feed_ahead(self, tokens, keep, self._chunk)
+        extra: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True, "logits_to_keep": keep}
+        if positions is not None:
+            extra["position_ids"] = positions.to(device)
+        if mask is not None:
+            extra["attention_mask"] = (
+                {k: m.to(device) for k, m in mask.items()} if isinstance(mask, dict) else mask.to(device)
+            )
+        if hooks is None and self._twin is not None:
+            logits = self._twin(input_ids=tokens, **extra).logits
+        else:
+            with attached(self._hooked, hooks or ()):
+                logits, _ = self._hooked(tokens, return_type="logits_and_cache", **extra)
+        self.length += tokens.shape[1]
+        return logits[:, -keep:]
+
+    def mark(self) -> Mark:
+        """See `Stream.mark`."""
+        saved = tuple(copy.copy(layer) if layer_window(layer) else None for layer in self._cache.layers)
+        return Mark(self.length, saved)
+
+    def rewind(self, mark: Mark, keep: int = 0) -> None:
+        """See `Stream.rewind`."""
+        fed = self.length - mark.length
+        assert 0 <= keep <= fed, (keep, fed)
+        if keep == fed:
+            return
+        assert self.reach is None or keep == 0 or fed <= self.reach, "a block wider than the window keeps no part"
+        layers: list[Any] = self._cache.layers
+        for i, layer in enumerate(layers):
+            saved = mark.layers[i] if i < len(mark.layers) else None
+            if saved is None:
+                layer.crop(-(fed - keep))
+            else:
+                layers[i] = _restore(saved, layer, fed, keep)
+        self.length = mark.length + keep
+
+    def fork(self) -> "HFStream":
+        """See `Stream.fork`."""
+        twin = copy.copy(self)
+        twin._cache = copy.copy(self._cache)
+        twin._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        return twin
+
+
+def layer_window(layer: Any) -> int | None:
+    """The sliding window of a cache layer; None for full attention."""
+    return layer.sliding_window if getattr(layer, "is_sliding", False) else None
+
+
+def _restore(saved: Any, layer: Any, fed: int, keep: int) -> Any:
+    """The sliding layer as it was at the mark, with the first `keep` of the `fed` rows behind it."""
+    out = copy.copy(saved)
+    if keep:
+        start = layer.keys.shape[-2] - fed
+        rows = slice(start, start + keep)
+        if not out.is_initialized:
+            out.lazy_initialization(layer.keys, layer.values)
+        out.update(layer.keys[..., rows, :], layer.values[..., rows, :])
+    return out
+
+
+class TLStream:
+    """A Stream on the TransformerLens cache, for a HookedTransformer. No twin: long feeds go through in chunks."""
+
+    reach: int | None = None
+
+    def __init__(self, hooked: Any) -> None:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        self._hooked = hooked
+        self._cache = TransformerLensKeyValueCache.init_cache(hooked.cfg, hooked.cfg.device)
+        self.length = 0
+
+    @torch.no_grad()
+    def feed(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        *,
+        hooks: Sequence[Hook] | None = None,
+        keep: int = 1,
+        positions: Int[Tensor, "1 new"] | None = None,
+        mask: LayerMasks | None = None,
+    ) -> Float[Tensor, "batch keep vocab"]:
+        """See `Stream.feed`; `positions` and `mask` are beyond a HookedTransformer.
+
+        Raises:
+            ValueError: positions or a mask were given.
+        """
+        if positions is not None or mask is not None:
+            raise ValueError("a HookedTransformer takes no positions or mask of its own: run these rows one by one")
+        tokens = tokens.to(self._hooked.cfg.device)
+        if hooks is None:
+            tokens = _feed_ahead(self, tokens, keep, CHUNK)
+        with attached(self._hooked, hooks or ()):
+            logits = self._hooked(tokens, past_kv_cache=self._cache, attention_mask=torch.ones_like(tokens))
+        self.length += tokens.shape[1]
+        return logits[:, -keep:]
+
+    def mark(self) -> Mark:
+        """See `Stream.mark`."""
+        return Mark(self.length, ())
+
+    def rewind(self, mark: Mark, keep: int = 0) -> None:
+        """See `Stream.rewind`."""
+        self.length = mark.length + keep
+        for entry in self._cache.entries:
+            entry.past_keys = entry.past_keys[:, : self.length]
+            entry.past_values = entry.past_values[:, : self.length]
+        self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, : self.length]
+
+    def fork(self) -> "TLStream":
+        """See `Stream.fork`."""
+        twin = copy.copy(self)
+        twin._cache = copy.copy(self._cache)
+        twin._cache.entries = [copy.copy(entry) for entry in self._cache.entries]
+        return twin
