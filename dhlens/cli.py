@@ -113,7 +113,7 @@ def show(
     both = pd.concat(tables, axis=1, keys=[str(run), str(other)])
     differences = first.trace.card.differences(second.trace.card)
     if as_json:
-        values = {str(run): tables[0]["value"].to_dict(), str(other): tables[1]["value"].to_dict()}
+        values = {str(f): dict(t["value"].items()) for f, t in zip((run, other), tables, strict=True)}
         typer.echo(json.dumps({"values": values, "differences": differences}))
         return
     typer.echo(both.to_string(float_format=lambda x: f"{x:,.4f}", na_rep=""))

@@ -4,11 +4,11 @@ Every task (needle, HotpotQA, contracts) yields `Episode`s; the engine yields an
 Positions are token positions in the prompt, half-open, counted from 0.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class Episode:
     """One prompt with its known answer.
 
     Raises:
-        ValueError: the prompt is empty, or a span is doubled, reserved or leaves the prompt.
+        ValueError: the id cannot name a file, the prompt is empty, or a span is doubled, reserved or leaves it.
     """
 
     id: str
@@ -74,6 +74,8 @@ class Episode:
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
+        if not re.fullmatch(r"[\w=-][\w.=-]*", self.id):
+            raise ValueError(f"an episode id is made of letters, digits, '-', '_', '.' and '=', got {self.id!r}")
         if n == 0:
             raise ValueError(f"episode {self.id!r} must have at least one prompt token")
         names = [span.name for span in self.spans]
@@ -123,7 +125,3 @@ class Outcome:
     stopped: Literal["stop_token", "max_new_tokens", "given"]
     """Why generation ended; "given" where the tokens were handed in to be replayed."""
 
-
-def same_tokens(a: Int[Tensor, " n"], b: Int[Tensor, " m"]) -> bool:
-    """Whether two token rows are equal in length and content."""
-    return a.shape == b.shape and bool(torch.equal(a, b))

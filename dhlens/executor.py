@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,7 @@ Job = Callable[[Sequence[int]], Iterable[int]]
 """Does the episodes at these indices and yields each index once its shard is saved."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs a job over batches of indices that belong together (one haystack window)."""
 

@@ -5,7 +5,7 @@ Every published spelling is read (`16-19`, `L16H19`, `L16-H19`, `a16.h19`, `A16.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ Head = tuple[int, int]
 _SPELLING = re.compile(r"(?:[aAlL]?)(\d+)(?:-|\.|-H|-h|\.h|\.H|H|h)(\d+)")
 
 
-def parse_head(head: str | Head) -> Head:
+def parse_head(head: str | Sequence[int]) -> Head:
     """One head in any published spelling.
 
     Raises:
@@ -51,7 +51,7 @@ class HeadSet:
     shape: tuple[int, int]
     """(n_layers, n_heads) of the model the heads belong to."""
 
-    def __init__(self, pairs: Iterable[Head | str], shape: tuple[int, int]) -> None:
+    def __init__(self, pairs: Iterable[Sequence[int] | str], shape: tuple[int, int]) -> None:
         heads = frozenset(parse_head(p) for p in pairs)
         layers, width = (int(n) for n in shape)
         outside = sorted(h for h in heads if not (0 <= h[0] < layers and 0 <= h[1] < width))
@@ -144,7 +144,7 @@ class HeadSet:
     def __sub__(self, other: "HeadSet") -> "HeadSet":
         return HeadSet(self.pairs - self._same(other).pairs, self.shape)
 
-    def __contains__(self, head: Head | str) -> bool:
+    def __contains__(self, head: Sequence[int] | str) -> bool:
         return parse_head(head) in self.pairs
 
     def __iter__(self) -> Iterator[Head]:

@@ -54,8 +54,7 @@ def static_steps(
 ) -> dict[str, np.ndarray]:
     """Per row and k: jaccard_static, jaccard_max (what the sizes allow), jaccard_over_max, coverage, overlap.
 
-    NaN off `held`, and where k exceeds the model's heads. A row without active heads has Jaccard 0 of at
-    most 0, and NaN in the shares.
+    NaN off `held`, and where k exceeds the model's heads. A row without active heads has 0 in the first two, else NaN.
     """
     size = raster.size
     columns = {}

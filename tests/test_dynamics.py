@@ -214,6 +214,10 @@ def test_steps_that_are_not_neighbours_make_no_pair():
     assert raster.pairs(1).tolist() == [1, 4]
     assert raster.pairs(2).tolist() == []
     assert raster.place().tolist() == [0, 1, 2] * 2
+    late = (score.trace.episode == 1) & (score.trace.step >= 1)
+    raster = Raster.of(score.select(late | (score.trace.episode == 0) & (score.trace.step == 0)))
+    assert raster.step.tolist() == [0, 1, 2, 3]
+    assert raster.pairs(1).tolist() == [1, 2]
 
 
 def sticky(n_episodes, n_steps, stay, seed=0):
@@ -293,6 +297,7 @@ def test_accumulation_grows_to_the_full_count():
     assert last["activated"] == last["activated_low"] == last["activated_high"] == found["activated"]
     assert last["entropy"] == pytest.approx(found["entropy"])
     assert table["activated"][0] == pytest.approx(found.episodes["activated"].mean(), rel=0.1)
+    assert table["activated_low"][0] < table["activated"][0] < table["activated_high"][0]
     assert (table["activated_low"] <= table["activated"]).all() and (
         table["activated"] <= table["activated_high"]
     ).all()

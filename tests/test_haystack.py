@@ -5,11 +5,13 @@ import re
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from toy_tokenizers import byte_level, metaspace, prose
 
 from dhlens.tasks.haystack import Haystack, read_haystack, windows
+from dhlens.tasks.prompts import encode
 
 PROSE = Haystack((("one", prose(300, seed=1)), ("two", prose(300, seed=2)), ("three", prose(40, seed=3))))
 
@@ -139,8 +141,12 @@ def test_as_many_windows_fit_as_greedy_filling_finds(width):
     haystack = Haystack((("t", text),))
     room = greedy_room(byte_level(), text, width)
     assert room > 1
-    for seed in range(5):
-        assert len(windows(byte_level(), haystack, n=room, width=width, seed=seed)) == room
+    _, offsets = encode(byte_level(), text)
+    for n in range(1, room + 1):
+        for seed in range(4):
+            found = windows(byte_level(), haystack, n=n, width=width, seed=seed)
+            starts = np.searchsorted(offsets[:, 0], [int(w.id.partition("@")[2]) for w in found])
+            assert len(found) == n and (np.diff(starts) >= width).all()
     with pytest.raises(
         ValueError, match=rf"need {(room + 1) * width} tokens .* room for {room} window\(s\).*repeat=True"
     ):

@@ -8,6 +8,7 @@ import pytest
 from toy_tokenizers import byte_level, lower_case, metaspace
 
 from dhlens.tasks.needles import NEEDLES, Needle, Placed, needle_called
+from dhlens.tasks.prompts import encode
 
 BOTH = pytest.mark.parametrize("tokenizer", [byte_level(), metaspace()], ids=["byte", "metaspace"])
 
@@ -71,10 +72,12 @@ def test_the_answer_is_the_tight_run_of_tokens(tokenizer, kind, opens):
         assert (inner.start, inner.stop) == (100 + start, 100 + stop)
 
 
-def test_a_space_parts_it_from_the_sentence_before():
-    inside, opening = (Placed.of(byte_level(), "The {answer}.", "heron", opens=opens) for opens in (False, True))
-    assert byte_level().decode(inside.tokens) == " The heron."
-    assert byte_level().decode(opening.tokens) == "The heron."
+@BOTH
+def test_one_space_parts_it_from_the_sentence_before(tokenizer):
+    for before, opens in (("A walk.", False), ("Context:\n", True)):
+        placed = Placed.of(tokenizer, "The {answer}.", "heron", opens=opens)
+        ids, _ = encode(tokenizer, before)
+        assert tokenizer.decode(ids + placed.tokens) == before + ("The heron." if opens else " The heron.")
 
 
 def test_an_answer_in_shared_tokens_is_covered_whole():
@@ -98,5 +101,7 @@ def test_without_an_answer_there_is_no_answer_span():
 def test_lost_and_empty_answers_are_refused():
     with pytest.raises(ValueError, match="give the needle back"):
         Placed.of(lower_case(), "the word is {answer}.", "Heron", opens=False)
+    with pytest.raises(ValueError, match="give the answer back"):
+        Placed.of(metaspace(), "The{answer}.", " heron", opens=False)
     with pytest.raises(ValueError, match="must hold some text"):
         Placed.of(byte_level(), "The word is {answer}.", " ", opens=False)

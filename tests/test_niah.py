@@ -57,12 +57,13 @@ def test_lengths_and_spans_are_exact(tokenizer, needle, template):
 
 @BOTH
 def test_the_needle_goes_back_to_the_nearest_sentence_end(tokenizer):
-    for episode in make(tokenizer, depths=(0.05, 0.3, 0.77)):
+    for episode in make(tokenizer, depths=(0.01, 0.05, 0.3, 0.77)):
         _, before, behind, _ = parted(episode)
         asked = int(episode.meta["depth"] * (len(before) + len(behind)))
         assert episode.meta["depth_real"] == len(before) / (len(before) + len(behind))
         assert len(before) <= asked
         assert len(before) == 0 or re.search(SENTENCE_END, tokenizer.decode(before))
+        assert tokenizer.decode(episode.tokens).count("\n" + episode.meta["needle_text"]) == (len(before) == 0)
         hay = torch.cat([before, behind])
         for i in range(len(before) + 1, asked + 1):
             at_end = re.search(r"[.!?][\"”]?\Z", tokenizer.decode(hay[:i]))

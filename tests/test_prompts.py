@@ -61,7 +61,7 @@ def test_lost_characters_are_named():
 
 
 @BOTH
-@pytest.mark.parametrize("template", ["chat", "plain", "{question} {context}", "<s>A {context} B {question}"])
+@pytest.mark.parametrize("template", ["chat", "plain", "Q {question} {context}", "<s>A {context} B {question}"])
 def test_the_question_is_known_on_either_side(tokenizer, template):
     prompt = Prompt.of(tokenizer, template, QUESTION)
     context, _ = encode(tokenizer, " The heron.", after=".")
@@ -72,6 +72,14 @@ def test_the_question_is_known_on_either_side(tokenizer, template):
     assert QUESTION not in tokenizer.decode(tokens[span.start : span.stop - 1])
     assert len(prompt) == len(tokens) - len(context)
     assert prompt.kind == (template if template in ("chat", "plain") else "own")
+
+
+@BOTH
+def test_the_text_behind_the_context_gets_no_space_of_the_tokenizer(tokenizer):
+    context, _ = encode(tokenizer, "A heron.")
+    assert tokenizer.decode(context + Prompt.of(tokenizer, "plain", QUESTION).tail) == (
+        f"A heron.\n\nQuestion: {QUESTION}\nAnswer:"
+    )
 
 
 def test_the_chat_prompt_is_what_the_template_renders():
@@ -85,7 +93,8 @@ def test_the_chat_prompt_is_what_the_template_renders():
 
 def test_a_template_without_system_turn_and_with_a_space_before_replies():
     prompt = Prompt.of(metaspace(), "chat", QUESTION)
-    assert metaspace().decode(prompt.head).startswith("<s>[INST] You are")
+    head = metaspace().decode(prompt.head)
+    assert head.startswith("<s>") and "[INST] You are" in head
     assert metaspace().decode(prompt.tail).endswith("[/INST]")
     assert prompt.lead == " "
 

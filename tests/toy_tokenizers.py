@@ -65,9 +65,11 @@ def metaspace() -> Any:
     """Of Llama-2's kind: a space put in front of every text, BOS by habit, line breaks inside tokens, no system turn."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    raw.decoder = decoders.Metaspace(prepend_scheme="first")
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     raw.train_from_iterator(_corpus(), trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False))
+    raw.pre_tokenizer = None
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return _wrap(raw, INST)
 
 

@@ -1,0 +1,285 @@
+"""What does looking cost? `dhlens.observe` beside what one would do without it, on the same prompts and answers.
+
+    python benchmarks/observe.py                      # the table: time, memory, growth (about an hour on 2 cores)
+    python benchmarks/observe.py --only time --pairs 7
+    python benchmarks/observe.py --haystack walden.txt --out benchmarks/results
+
+Methods: `floor` plain Hugging Face SDPA greedy generation that observes nothing; `fair` eager attention, attentions
+requested in decode only (SDPA prefill, then eager steps); `naive` eager with attentions from the prefill on;
+`recompute` the bridge's `run_with_cache` on the whole sequence at each step, patterns only, timed on 4 steps and
+scaled; `observe` without a draft, with the known answer, and with prompt lookup; `grid` 5 depths x 4 needles on one
+haystack window.
+
+Time: one process, methods in turn within each round, so that noise hits all; the median over rounds of the ratio to
+the round's floor, with a bootstrap interval. Memory: a fresh process per method, its peak resident size less that of
+the same process before the first pass, weights loaded. A method that would not fit is computed and marked, not run.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import bootstrap
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import dhlens as dh
+from dhlens.episode import Episode
+from dhlens.tasks import niah
+
+MODEL = "smollm2-135m"
+STEPS = 32
+GIB = 2**30
+MEMORY_LIMIT = 16 * GIB
+
+
+class Bench:
+    """The model, a plain eager copy of it, and one episode per length."""
+
+    def __init__(self, haystack: str | None, lengths: tuple[int, ...], seed: int = 0) -> None:
+        """Load once; make one episode per length."""
+        self.model = dh.load(MODEL, device="cpu")
+        self.haystack, self.seed = haystack, seed
+        self.episodes = {n: self.episode(n) for n in lengths}
+        self.eager = AutoModelForCausalLM.from_pretrained(self.model.path, attn_implementation="eager").eval()
+
+    def episode(self, length: int) -> Episode:
+        """A UUID episode in the middle of the haystack."""
+        grid = {"lengths": (length,), "depths": (0.5,), "n": 1, "repeat": True}
+        return niah.episodes(self.model.tokenizer, self.haystack, **grid, seed=self.seed)[0]
+
+    def right(self, episode: Episode, steps: int) -> Episode:
+        """The episode with the answer that the model really gives, as a right draft of `steps` tokens."""
+        said = dh.generate(self.model, [episode], max_new_tokens=steps, progress=False)[0].tokens
+        return Episode(episode.id, episode.tokens, said, episode.spans, episode.meta)
+
+
+@torch.no_grad()
+def floor(bench: Bench, episode: Episode, steps: int) -> list[int]:
+    """Plain greedy generation on SDPA, its own loop: nothing but the forward passes."""
+    return _decode(bench.model.twin, bench.model.twin, episode, steps)
+
+
+@torch.no_grad()
+def fair(bench: Bench, episode: Episode, steps: int) -> list[int]:
+    """SDPA prefill, eager steps that return attentions."""
+    return _decode(bench.model.twin, bench.eager, episode, steps, output_attentions=True)
+
+
+@torch.no_grad()
+def naive(bench: Bench, episode: Episode, steps: int) -> list[int]:
+    """Eager from the first token on, attentions of the whole prompt returned as well."""
+    return _decode(bench.eager, bench.eager, episode, steps, output_attentions=True)
+
+
+def _decode(prefill: Any, step: Any, episode: Episode, steps: int, **options: Any) -> list[int]:
+    ids, cache = episode.tokens[None], DynamicCache(config=prefill.config)
+    attentions = options if prefill is step and options else {}
+    out = prefill(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **attentions)
+    said: list[int] = []
+    while len(said) < steps:
+        if options and out.attentions:
+            for pattern in out.attentions:
+                pattern[0, :, -1].max(-1)
+        said.append(int(out.logits[0, -1].argmax()))
+        if len(said) < steps:
+            out = step(torch.tensor([said[-1:]]), past_key_values=cache, use_cache=True, **options)
+    return said
+
+
+@torch.no_grad()
+def recompute(bench: Bench, episode: Episode, steps: int) -> list[int]:
+    """`run_with_cache` over the growing sequence: 4 steps timed; the caller scales by steps / 4."""
+    tokens, said = episode.tokens[None], []
+    for _ in range(4):
+        logits, cache = bench.model.hooked.run_with_cache(
+            tokens, names_filter=lambda name: name.endswith("hook_pattern")
+        )
+        said.append(int(logits[0, -1].argmax()))
+        tokens = torch.cat([tokens, torch.tensor([said[-1:]])], dim=1)
+        del cache
+    return said
+
+
+def observe(draft: bool | str) -> Callable[[Bench, Episode, int], list[int]]:
+    """`dh.observe` with this draft."""
+
+    def run(bench: Bench, episode: Episode, steps: int) -> list[int]:
+        trace = dh.observe(bench.model, [episode], max_new_tokens=steps, draft=draft, progress=False)
+        return trace.outcomes[0].tokens.tolist()
+
+    return run
+
+
+METHODS: dict[str, Callable[[Bench, Episode, int], list[int]]] = {
+    "floor": floor,
+    "observe": observe(False),
+    "observe, right draft": observe(True),
+    "observe, prompt lookup": observe("lookup"),
+    "fair": fair,
+    "naive": naive,
+    "recompute": recompute,
+}
+
+
+def bytes_of(method: str, length: int, model: dh.Model) -> int:
+    """Attention patterns that a method holds at once; 0 for those that keep none."""
+    kept = {"naive": model.n_layers, "recompute": model.n_layers}.get(method, 0)
+    return 4 * kept * model.n_heads * length * length
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and the result."""
+    gc.collect()
+    begin = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begin, result
+
+
+def ratios(seconds: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Median ratio to the same round's floor, with a 95 % bootstrap interval over rounds."""
+    rows = []
+    wide = seconds.pivot(index="round", columns="method", values="seconds")
+    for method in wide.columns.drop("floor"):
+        paired = (wide[method] / wide["floor"]).dropna().to_numpy()
+        low, high = np.nan, np.nan
+        if len(paired) > 1:
+            interval = bootstrap((paired,), np.median, method="percentile", rng=seed).confidence_interval
+            low, high = interval
+        rows.append((method, np.median(wide[method].dropna()), np.median(paired), low, high, len(paired)))
+    rows.append(("floor", np.median(wide["floor"]), 1.0, 1.0, 1.0, len(wide)))
+    return pd.DataFrame(rows, columns=["method", "seconds", "ratio", "low", "high", "pairs"]).sort_values("ratio")
+
+
+def time_table(bench: Bench, length: int, pairs: int, slow_pairs: int = 1) -> pd.DataFrame:
+    """All methods at one length; the slowest ones in the first rounds only."""
+    episode = bench.right(bench.episodes[length], STEPS)
+    said = floor(bench, episode, len(episode.answer))
+    rows = []
+    for k in range(pairs + 1):
+        for method, run in METHODS.items():
+            slow = method in ("naive", "recompute")
+            if (slow and k > slow_pairs) or bytes_of(method, length, bench.model) > MEMORY_LIMIT:
+                continue
+            seconds, got = timed(lambda run=run: run(bench, episode, len(said)))
+            assert got == said[: len(got)], (method, got, said)
+            scale = len(said) / 4 if method == "recompute" else 1
+            rows.append((k, method, seconds * scale))
+    table = pd.DataFrame(rows, columns=["round", "method", "seconds"])
+    return ratios(table[table["round"] > 0])  # the first round warms caches up
+
+
+def grid_table(bench: Bench, length: int, pairs: int) -> pd.DataFrame:
+    """5 depths x 4 needles on one window: shared prefixes and right drafts against one floor run each."""
+    grid = {"lengths": (length,), "depths": (0.1, 0.3, 0.5, 0.7, 0.9), "n": 1, "needles_per_cell": 4, "repeat": True}
+    episodes = niah.episodes(bench.model.tokenizer, bench.haystack, **grid, seed=bench.seed)
+    rows = []
+    for k in range(pairs):
+        seconds, outcomes = timed(
+            lambda: dh.generate(bench.model, episodes, max_new_tokens=STEPS, share=False, progress=False)
+        )
+        rows.append((k, "floor", seconds))
+        for name, share in (("grid, shared prefixes", True), ("grid, each its own", False)):
+            seconds, trace = timed(
+                lambda share=share: dh.observe(bench.model, episodes, max_new_tokens=STEPS, share=share, progress=False)
+            )
+            assert [o.tokens.tolist() for o in trace.outcomes] == [o.tokens.tolist() for o in outcomes]
+            rows.append((k, name, seconds))
+    table = ratios(pd.DataFrame(rows, columns=["round", "method", "seconds"]))
+    counts = trace.card.counts
+    table["drafts accepted"] = counts["accepted"] / counts["drafted"]
+    return table
+
+
+def _peak(haystack: str | None, method: str, length: int, out: Any) -> None:
+    bench = Bench(haystack, (length,))
+    if method != "fair" and method != "naive":
+        bench.eager = None
+    episode = bench.right(bench.episode(300), STEPS)
+    METHODS["floor"](bench, episode, 2)  # allocators and kernels warm
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = METHODS[method]
+    run(bench, bench.episodes[length], STEPS)
+    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def memory_table(bench: Bench, length: int) -> pd.DataFrame:
+    """Peak resident bytes over the loaded process, a fresh process per method."""
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for method in METHODS:
+        computed = bytes_of(method, length, bench.model)
+        if computed > MEMORY_LIMIT or method == "recompute":
+            rows.append((method, computed, "computed from the patterns it keeps"))
+            continue
+        queue = context.Queue()
+        process = context.Process(target=_peak, args=(bench.haystack, method, length, queue))
+        process.start()
+        rows.append((method, queue.get(), "measured"))
+        process.join()
+    table = pd.DataFrame(rows, columns=["method", "bytes", "how"])
+    table["MiB"] = table["bytes"] / 2**20
+    table["over floor"] = table["bytes"] / table.loc[table["method"] == "floor", "bytes"].item()
+    return table.drop(columns="bytes")
+
+
+def growth_table(bench: Bench, lengths: tuple[int, ...], steps: tuple[int, ...], pairs: int) -> pd.DataFrame:
+    """Seconds of floor and observe against prompt length (32 steps) and against steps (2,000 tokens)."""
+    rows = []
+    cells = [(n, STEPS) for n in lengths] + [(2000, s) for s in steps]
+    for length, n_steps in cells:
+        episode = bench.episodes.get(length) or bench.episode(length)
+        # a stop token would end the answer early: the model is made to go on
+        for k in range(pairs):
+            for method in ("floor", "observe"):
+                seconds, got = timed(lambda method=method, e=episode, n=n_steps: METHODS[method](bench, e, n))
+                rows.append((length, n_steps, len(got), k, method, seconds))
+    table = pd.DataFrame(rows, columns=["length", "steps", "said", "round", "method", "seconds"])
+    wide = table.groupby(["length", "steps", "method"])["seconds"].median().unstack().reset_index()
+    wide["ratio"] = wide["observe"] / wide["floor"]
+    return wide
+
+
+def main() -> None:
+    """Run what was asked for; print and save each table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--haystack", help="text file or folder; default: Python's own documentation")
+    parser.add_argument("--only", choices=["time", "grid", "memory", "growth"])
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    bench = Bench(args.haystack, (2000, 4000))
+    bench.model = _endless(bench.model)
+    parts: dict[str, Callable[[], pd.DataFrame]] = {
+        "time": lambda: time_table(bench, 2000, args.pairs),
+        "grid": lambda: grid_table(bench, 2000, min(args.pairs, 3)),
+        "memory": lambda: memory_table(bench, 4000),
+        "growth": lambda: growth_table(bench, (500, 1000, 2000, 4000, 8000 - STEPS), (8, 16, 64), 3),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        if args.only in (None, name):
+            table = part()
+            print(f"\n{name}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3f}')}", flush=True)  # noqa: T201
+            table.to_csv(args.out / f"{name}.csv", index=False)
+    card = {"model": MODEL, "threads": torch.get_num_threads(), "versions": dh.RunCard(MODEL).versions}
+    (args.out / "card.json").write_text(json.dumps(card, indent=2))
+
+
+def _endless(model: dh.Model) -> dh.Model:
+    """The model without stop tokens, so that every method says exactly as many tokens as asked for."""
+    import dataclasses
+
+    return dataclasses.replace(model, stop_ids=())
+
+
+if __name__ == "__main__":
+    main()
