@@ -7,7 +7,7 @@ product per episode for the Jaccard of all its pairs of steps.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Shaped
+from jaxtyping import Bool, Float32, Int, Num, Shaped
 from scipy.stats import entropy
 
 from dhlens.scores import Score
@@ -92,7 +92,7 @@ class Raster:
         return [(int(start), part.astype(np.float32)) for start, part in zip(starts, parts, strict=True)]
 
 
-def share_entropy(counts: Int[np.ndarray, "*unit heads"]) -> np.ndarray:
+def share_entropy(counts: Num[np.ndarray, "*unit heads"]) -> np.ndarray:
     """Entropy in nats of the heads' shares of all activations; NaN where nothing was active.
 
     Source: arXiv 2602.11162, A.3, read as p_h = c_h / sum of c: the one reading that its table allows.

@@ -29,6 +29,30 @@ def test_default_is_running_prose():
         assert not re.match("Changed in|New in|Added in", paragraph)
 
 
+def test_what_counts_as_prose_by_hand(monkeypatch):
+    kept = (
+        "The pass statement does nothing at all when it is executed, useful when a\nstate-\nment is *required by "
+        "the rules* but no code\nneeds to be run [3]."
+    )
+    indented = "   This paragraph stands under a name in a list, so that it would make little sense when read alone."
+    page = [
+        'The "pass" statement\n********************',
+        kept,
+        indented,
+        '   pass_stmt ::= "pass"',
+        "Changed in version 3.9: This paragraph tells what was new in an old version, which is no running prose.",
+        "A paragraph that ends with a colon announces the block of code that was left out behind it, as here:",
+        "With x[i:j] = y[k:l], z[m:n] == {1: 2, 3: 4} and (a, b) != (c, d) it has too few letters to read as text.",
+        "Too short to keep.",
+        kept,
+    ]
+    monkeypatch.setattr("pydoc_data.topics.topics", {"pass": "\n\n".join(page), "more": kept})
+    assert read_haystack().texts[0][1] == (
+        "The pass statement does nothing at all when it is executed, useful when a state-ment is required by "
+        "the rules but no code needs to be run."
+    )
+
+
 def test_a_file_is_read_with_the_hash_of_the_file(tmp_path):
     path = tmp_path / "walk.txt"
     path.write_text("A – walk. Home.\n", encoding="utf-8")
@@ -65,7 +89,7 @@ def test_bad_sources_are_refused(tmp_path, make):
 
 
 class _Rows:
-    column_names = ["text", "title"]
+    column_names = ("text", "title")
 
     def __getitem__(self, column):
         return [f"{column} one.", f"{column} two."]

@@ -101,9 +101,8 @@ def test_episodes_of_a_window_share_all_tokens_up_to_the_needle(tokenizer):
 
 def test_order_ids_groups_and_meta():
     made = make(byte_level(), needles_per_cell=2, depths=(0.25, 1 / 3))
-    assert [e.id for e in made[:5]] == [
-        "w000-L400-d0.25-k0", "w000-L400-d0.25-k1", "w000-L400-d0.333333-k0", "w000-L400-d0.333333-k1", "w000-L700-d0.25-k0",
-    ]  # fmt: skip
+    cells = ["L400-d0.25-k0", "L400-d0.25-k1", "L400-d0.333333-k0", "L400-d0.333333-k1", "L700-d0.25-k0"]
+    assert [e.id for e in made[:5]] == [f"w000-{cell}" for cell in cells]
     assert len({e.id for e in made}) == len(made) == 3 * 2 * 2 * 2
     assert [e.meta["window"] for e in made] == [w for w in range(3) for _ in range(8)]
     assert len({e.group for e in made}) == 3 and all(re.fullmatch(r"(one|two)\.txt@\d+", e.group) for e in made)
@@ -152,7 +151,7 @@ def test_a_twin_differs_in_nothing_but_the_answer(tokenizer, kind):
         answer = episode.span("answer")
         changed = (episode.tokens != twin.tokens).nonzero().flatten().tolist()
         assert changed and set(changed) <= set(range(answer.start, answer.stop))
-        assert twin.spans == episode.spans and twin.id == f"{episode.id}~twin" and twin.group == episode.group
+        assert twin.spans == episode.spans and twin.id == f"{episode.id}=twin" and twin.group == episode.group
         old, new = episode.meta["answer_text"], twin.meta["answer_text"]
         assert new != old and new in text_of(tokenizer, twin, "answer")
         assert twin.meta["needle_text"] == episode.meta["needle_text"].replace(old, new)

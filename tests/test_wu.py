@@ -7,19 +7,22 @@ from toy_traces import FIRST, STOP, toy_trace
 
 from dhlens.episode import Span
 from dhlens.heads import HeadSet
+from dhlens.raster import share_entropy
 from dhlens.wu import copy_paste_wu, read_head_scores
 
 ORACLES = {
     "llama-2-7b-80k": dict(
-        n=586, above={0.1: 33, 0.2: 14, 0.3: 11, 0.5: 6}, zero=719, always=12, total=14.4242,
+        n=586, above={0.1: 33, 0.2: 14, 0.3: 11, 0.5: 6}, zero=719, always=12, total=14.4242, shares=4.3422,
         top="16-19 .9426, 11-15 .9201, 8-26 .7995, 6-9 .6178, 7-12 .6135, 17-22 .5574, 11-2 .4586, 6-16 .4367, "
         "19-15 .4201, 21-30 .4000, 18-30 .3122, 24-29 .2610, 7-4 .2236, 15-14 .2068, 16-1 .1779, 20-30 .1674, "
         "17-0 .1618, 14-18 .1613, 24-30 .1593, 21-1 .1489",
+        after="6-30 17-18 21-16 29-19 13-23",
     ),
     "Mixtral-8x7B-v0.1": dict(
-        n=390, above={0.1: 63, 0.2: 25, 0.3: 13, 0.5: 7}, zero=590, always=40, total=21.8961,
+        n=390, above={0.1: 63, 0.2: 25, 0.3: 13, 0.5: 7}, zero=590, always=40, total=21.8961, shares=4.8172,
         top="12-7 .9455, 18-0 .9260, 18-2 .9230, 12-6 .8469, 18-3 .6511, 30-8 .5355, 28-0 .5045, 18-1 .4008, "
         "26-5 .4000, 12-4 .3959",
+        after="",
     ),
 }  # fmt: skip
 
@@ -35,8 +38,11 @@ def test_published_scores_give_the_published_heads(data, model):
     assert int(score.heads().all(0).sum()) == oracle["always"]
     assert not (~score.heads().flatten(1).any(1)).any()
     assert float(mean.sum()) == pytest.approx(oracle["total"], abs=5e-5)
+    assert float(share_entropy(mean.flatten().numpy())) == pytest.approx(oracle["shares"], abs=5.1e-5)
     top = [entry.split() for entry in oracle["top"].split(", ")]
     assert HeadSet.top_k(mean, len(top)) == HeadSet([head for head, _ in top], (32, 32))
+    following = HeadSet.top_k(mean, len(top) + len(oracle["after"].split())) - HeadSet.top_k(mean, len(top))
+    assert following == HeadSet(oracle["after"].split(), (32, 32))
     ranked = mean.flatten().sort(descending=True).values[: len(top)]
     assert ranked.tolist() == pytest.approx([float(value) for _, value in top], abs=5.1e-5)
 

@@ -14,7 +14,8 @@ CHATML = (
 )
 INST = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn') }}"
-    "{% elif m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
 )
 NAMES = "heron river miller garden winter letter doctor bridge evening village daughter captain".split()
 VERBS = "watched followed remembered painted crossed forgot praised repaired".split()
@@ -62,7 +63,7 @@ def byte_level() -> Any:
 
 @cache
 def metaspace() -> Any:
-    """Of Llama-2's kind: a space put in front of every text, BOS by habit, line breaks inside tokens, no system turn."""
+    """Of Llama-2's kind: a space of its own before every text, BOS by habit, line breaks in tokens, no system turn."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     raw.train_from_iterator(_corpus(), trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False))

@@ -115,7 +115,7 @@ def twin(tokenizer: Tokenizer, episode: Episode, *, seed: int, answer: Answer | 
             tokens[span.start : span.stop] = torch.tensor(placed.tokens)
             return dataclasses.replace(
                 episode,
-                id=f"{episode.id}~twin",
+                id=f"{episode.id}=twin",
                 tokens=tokens,
                 answer=_reply(tokenizer, tokens, meta["reply"], new),
                 meta={**meta, "answer_text": new, "needle_text": placed.text, "twin_of": episode.id, "twin_seed": seed},
