@@ -1,25 +1,28 @@
 """What does looking cost? `dhlens.observe` beside what one would do without it, on the same prompts and answers.
 
-    python benchmarks/observe.py                      # the table: time, memory, growth (about an hour on 2 cores)
+    python benchmarks/observe.py                      # the table: time, grid, memory, growth
     python benchmarks/observe.py --only time --pairs 7
     python benchmarks/observe.py --haystack walden.txt --out benchmarks/results
 
-Methods: `floor` plain Hugging Face SDPA greedy generation that observes nothing; `fair` eager attention, attentions
-requested in decode only (SDPA prefill, then eager steps); `naive` eager with attentions from the prefill on;
-`recompute` the bridge's `run_with_cache` on the whole sequence at each step, patterns only, timed on 4 steps and
-scaled; `observe` without a draft, with the known answer, and with prompt lookup; `grid` 5 depths x 4 needles on one
-haystack window.
+`floor`         transformers' greedy `generate` on SDPA; it observes nothing
+`bare loop`     the same passes in a bare loop
+`observe`       `dh.observe` without a draft, with the right answer as a draft, with prompt lookup
+`fair`          SDPA prefill, then eager steps that return attentions
+`naive`         eager from the prompt on, attentions returned
+`recompute`     the bridge's `run_with_cache` on the whole sequence at each step, patterns only; 4 timed, scaled
+`grid`          5 depths x 4 needles on one haystack window
 
 Time: one process, methods in turn within each round, so that noise hits all; the median over rounds of the ratio to
-the round's floor, with a bootstrap interval. Memory: a fresh process per method, its peak resident size less that of
-the same process before the first pass, weights loaded. A method that would not fit is computed and marked, not run.
+the round's floor, with a bootstrap interval. Memory: a fresh process per method, peak resident size less that of the
+same process with the weights loaded (Linux). A method that would not fit is computed and marked, not run. No stop
+token ends an answer, so all methods say equally many tokens.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import bootstrap
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import dhlens as dh
 from dhlens.episode import Episode
@@ -44,12 +47,13 @@ MEMORY_LIMIT = 16 * GIB
 class Bench:
     """The model, a plain eager copy of it, and one episode per length."""
 
-    def __init__(self, haystack: str | None, lengths: tuple[int, ...], seed: int = 0) -> None:
+    def __init__(self, haystack: str | None, lengths: tuple[int, ...], *, seed: int = 0, eager: bool = True) -> None:
         """Load once; make one episode per length."""
-        self.model = dh.load(MODEL, device="cpu")
+        self.model = dataclasses.replace(dh.load(MODEL, device="cpu"), stop_ids=())
         self.haystack, self.seed = haystack, seed
         self.episodes = {n: self.episode(n) for n in lengths}
-        self.eager = AutoModelForCausalLM.from_pretrained(self.model.path, attn_implementation="eager").eval()
+        if eager:
+            self.eager = AutoModelForCausalLM.from_pretrained(self.model.path, attn_implementation="eager").eval()
 
     def episode(self, length: int) -> Episode:
         """A UUID episode in the middle of the haystack."""
@@ -64,7 +68,16 @@ class Bench:
 
 @torch.no_grad()
 def floor(bench: Bench, episode: Episode, steps: int) -> list[int]:
-    """Plain greedy generation on SDPA, its own loop: nothing but the forward passes."""
+    """`model.generate` of transformers, greedy, SDPA."""
+    ids = episode.tokens[None]
+    how = GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out: Any = bench.model.twin.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    return out[0, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def loop(bench: Bench, episode: Episode, steps: int) -> list[int]:
+    """The same in a bare loop: nothing but the forward passes."""
     return _decode(bench.model.twin, bench.model.twin, episode, steps)
 
 
@@ -121,6 +134,7 @@ def observe(draft: bool | str) -> Callable[[Bench, Episode, int], list[int]]:
 
 METHODS: dict[str, Callable[[Bench, Episode, int], list[int]]] = {
     "floor": floor,
+    "bare loop": loop,
     "observe": observe(False),
     "observe, right draft": observe(True),
     "observe, prompt lookup": observe("lookup"),
@@ -183,15 +197,13 @@ def grid_table(bench: Bench, length: int, pairs: int) -> pd.DataFrame:
     episodes = niah.episodes(bench.model.tokenizer, bench.haystack, **grid, seed=bench.seed)
     rows = []
     for k in range(pairs):
-        seconds, outcomes = timed(
-            lambda: dh.generate(bench.model, episodes, max_new_tokens=STEPS, share=False, progress=False)
-        )
+        seconds, said = timed(lambda: [floor(bench, e, STEPS) for e in episodes])
         rows.append((k, "floor", seconds))
         for name, share in (("grid, shared prefixes", True), ("grid, each its own", False)):
             seconds, trace = timed(
                 lambda share=share: dh.observe(bench.model, episodes, max_new_tokens=STEPS, share=share, progress=False)
             )
-            assert [o.tokens.tolist() for o in trace.outcomes] == [o.tokens.tolist() for o in outcomes]
+            assert [o.tokens.tolist() for o in trace.outcomes] == said
             rows.append((k, name, seconds))
     table = ratios(pd.DataFrame(rows, columns=["round", "method", "seconds"]))
     counts = trace.card.counts
@@ -200,15 +212,18 @@ def grid_table(bench: Bench, length: int, pairs: int) -> pd.DataFrame:
 
 
 def _peak(haystack: str | None, method: str, length: int, out: Any) -> None:
-    bench = Bench(haystack, (length,))
-    if method != "fair" and method != "naive":
-        bench.eager = None
-    episode = bench.right(bench.episode(300), STEPS)
-    METHODS["floor"](bench, episode, 2)  # allocators and kernels warm
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run = METHODS[method]
-    run(bench, bench.episodes[length], STEPS)
-    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    bench = Bench(haystack, (length,), eager=method in ("fair", "naive"))
+    METHODS[method](bench, bench.episode(300), STEPS)  # kernels warm, lazy imports done
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far belongs to loading
+    before = _resident("VmRSS")
+    METHODS[method](bench, bench.episodes[length], STEPS)
+    out.put(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def memory_table(bench: Bench, length: int) -> pd.DataFrame:
@@ -237,7 +252,6 @@ def growth_table(bench: Bench, lengths: tuple[int, ...], steps: tuple[int, ...],
     cells = [(n, STEPS) for n in lengths] + [(2000, s) for s in steps]
     for length, n_steps in cells:
         episode = bench.episodes.get(length) or bench.episode(length)
-        # a stop token would end the answer early: the model is made to go on
         for k in range(pairs):
             for method in ("floor", "observe"):
                 seconds, got = timed(lambda method=method, e=episode, n=n_steps: METHODS[method](bench, e, n))
@@ -257,7 +271,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     bench = Bench(args.haystack, (2000, 4000))
-    bench.model = _endless(bench.model)
     parts: dict[str, Callable[[], pd.DataFrame]] = {
         "time": lambda: time_table(bench, 2000, args.pairs),
         "grid": lambda: grid_table(bench, 2000, min(args.pairs, 3)),
@@ -272,13 +285,6 @@ def main() -> None:
             table.to_csv(args.out / f"{name}.csv", index=False)
     card = {"model": MODEL, "threads": torch.get_num_threads(), "versions": dh.RunCard(MODEL).versions}
     (args.out / "card.json").write_text(json.dumps(card, indent=2))
-
-
-def _endless(model: dh.Model) -> dh.Model:
-    """The model without stop tokens, so that every method says exactly as many tokens as asked for."""
-    import dataclasses
-
-    return dataclasses.replace(model, stop_ids=())
 
 
 if __name__ == "__main__":

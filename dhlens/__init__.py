@@ -17,7 +17,7 @@ from dhlens.episode import Episode, Outcome, Span
 from dhlens.executor import Processes
 from dhlens.heads import HeadSet
 from dhlens.model import Model, load
-from dhlens.prefill import prefill
+from dhlens.prefix import prefill
 from dhlens.reads import Capture
 from dhlens.scores import Score, copy_paste, reasoning_mass
 from dhlens.store import load_trace, save_trace

@@ -1,7 +1,8 @@
 """The self-check: on a few tokens, do the hooks of this model mean what they say?
 
 Run by `dhlens.load`. It costs a handful of short passes. Each line of `check` is one property that the engine relies
-on; the first that fails names the hook site, the architecture and what is refused because of it.
+on. One that observing needs raises; one that only some edits need is kept in `model.limits`. Either way the message
+names the hook site, the architecture and what is refused because of it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ def check(model: "Model") -> None:
     """Prove the model's hooks.
 
     Raises:
-        ValueError: a property fails; the message says which and where.
+        ValueError: a property that observing needs fails; the message says which and where.
     """
     window = min((w for w in model.windows if w is not None and w < _LONGEST), default=0)
     n = max(_TOKENS, window + _TOKENS if window else 0)
@@ -105,7 +106,7 @@ def _head_scores(model: "Model", tokens: Tensor) -> None:
         (sites.pattern(0), lambda pattern, hook: left.append(float(pattern[:, :, -1, -2].max()))),
     ])  # fmt: skip
     if left != [0.0]:
-        raise ValueError(f"{_who(model)}: -inf in {sites.scores(0)} leaves mass {left}; hiding keys is refused")
+        model.limits["hide"] = f"{_who(model)}: -inf in {sites.scores(0)} leaves mass {left}; hiding keys is refused"
 
 
 def _equal(model: "Model", got: Tensor, want: Tensor, tol: float, what: str, refused: str) -> None:

@@ -24,7 +24,7 @@ from dhlens.card import RunCard
 from dhlens.drafts import Draft, Guess, guesser
 from dhlens.episode import Episode, Outcome
 from dhlens.model import Model
-from dhlens.prefill import prefill, straddles
+from dhlens.prefix import prefill, straddles
 from dhlens.reads import Capture
 from dhlens.record import Block, read_block, record
 from dhlens.stream import Stream

@@ -124,4 +124,3 @@ class Outcome:
     """`Episode.judge(text)`."""
     stopped: Literal["stop_token", "max_new_tokens", "given"]
     """Why generation ended; "given" where the tokens were handed in to be replayed."""
-

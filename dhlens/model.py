@@ -165,7 +165,10 @@ def _from_hf(hf: PreTrainedModel, tokenizer: Any, *, card: RunCard, path: Path |
         raise ValueError("a PreTrainedModel carries no tokenizer: pass tokenizer=")
     inner, twin = _same_tensors(hf), _same_tensors(hf)
     inner.set_attn_implementation("eager")
-    twin.set_attn_implementation("sdpa")
+    try:
+        twin.set_attn_implementation("sdpa")
+    except ValueError:  # an architecture without fused attention has no twin
+        twin = None
     # TransformerLens loads the tokenizer again by its name; one made in memory has none and is handed over afterwards
     named = tokenizer if tokenizer.name_or_path else None
     bridge = build_bridge_from_module(
@@ -185,9 +188,12 @@ def _same_tensors(hf: PreTrainedModel) -> Any:
 def _wrap(hooked: Any, twin: Any, tokenizer: Any, *, card: RunCard, path: Path | None = None) -> Model:
     cfg = hooked.cfg
     hf = getattr(hooked, "original_model", None)
-    missing = [n for n in ("hook_pattern", "hook_z", "hook_attn_scores") if not hasattr(hooked.blocks[0].attn, n)]
+    blocks = getattr(hooked, "blocks", None)
+    attention = getattr(blocks[0], "attn", None) if blocks else None
+    missing = [n for n in ("hook_pattern", "hook_z", "hook_attn_scores") if not hasattr(attention, n)]
     if missing:
-        raise ValueError(f"{card.model}: this architecture has no usable attention hooks, missing {', '.join(missing)}")
+        kind = type(hooked if hf is None else hf).__name__
+        raise ValueError(f"{card.model} ({kind}) has no usable attention hooks: missing {', '.join(missing)}")
     return Model(
         hooked=hooked,
         twin=twin,

@@ -1,9 +1,23 @@
 """Loading: what is accepted and refused, what is shared, and a self-check that can fail."""
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import build, episode, tokenizer
+from tiny import VOCAB, build, eager, episode, tokenizer
 from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import dhlens.check
 from dhlens.check import check
@@ -128,6 +142,40 @@ def test_the_self_check_can_fail(model):
         model.twin.lm_head.weight = nn.Parameter(model.twin.lm_head.weight * 1.5)
     with pytest.raises(ValueError, match=r"plain decoding .the twin. differ .* observe is refused"):
         check(model)
+
+
+def test_architectures_that_are_refused_or_limited():
+    base = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    sinks = GptOssForCausalLM(
+        GptOssConfig(**base, **heads, num_local_experts=2, num_experts_per_tok=2, sliding_window=16)
+    ).eval()
+    with pytest.raises(ValueError, match=r"GptOssForCausalLM.: rows of blocks.0.* do not sum to 1; observe is refused"):
+        load(sinks, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"MambaForCausalLM. has no usable attention hooks"):
+        load(
+            MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=48, num_hidden_layers=2)), tokenizer=tokenizer()
+        )
+    shape = {"num_attention_heads": 6, "ffn_dim": 64, "word_embed_proj_dim": 48}
+    opt = load(OPTForCausalLM(OPTConfig(**base, **shape)).eval(), tokenizer=tokenizer())
+    assert "blocks.0.attn.hook_attn_scores" in opt.limits["hide"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+def test_learned_and_partial_positions(kind):
+    shape = {"vocab_size": VOCAB, "bos_token_id": 2, "eos_token_id": 1}
+    hf: Any = (
+        GPT2LMHeadModel(GPT2Config(**shape, n_embd=48, n_layer=3, n_head=6, n_positions=256))
+        if kind == "gpt2"
+        else GPTNeoXForCausalLM(GPTNeoXConfig(**shape, hidden_size=48, num_hidden_layers=3, num_attention_heads=6))
+    )
+    hf.eval().set_attn_implementation("eager")
+    model, e = load(hf, tokenizer=tokenizer()), episode()
+    trace = observe(model, [e], max_new_tokens=4, progress=False)
+    _, pattern, _ = eager(hf, torch.cat([e.tokens, trace.next_token[:-1]]))
+    torch.testing.assert_close(
+        trace.peak_weight[..., 0], pattern[:, :, -4:].amax(-1).permute(2, 0, 1), atol=1e-5, rtol=0
+    )
 
 
 def test_a_failed_shadow_pass_limits_but_does_not_refuse(model, monkeypatch):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import build, episode, tokenizer
 
-import dhlens.prefill
+import dhlens.prefix
 from dhlens.engine import observe, observe_each
 from dhlens.model import load
-from dhlens.prefill import prefill, straddles
+from dhlens.prefix import prefill, straddles
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -18,7 +18,7 @@ def model(request):
 @pytest.fixture
 def family(monkeypatch):
     """Two windows of three episodes; within a window they share 30, two of them 45 tokens."""
-    monkeypatch.setattr(dhlens.prefill, "SHORTEST_SHARE", 8)
+    monkeypatch.setattr(dhlens.prefix, "SHORTEST_SHARE", 8)
     episodes = []
     for window in range(2):
         base = episode(80, seed=window).tokens
@@ -67,7 +67,7 @@ def test_a_resumed_part_is_bitwise_the_same(model, family):
 
 
 def test_one_prompt_that_begins_another(model, monkeypatch):
-    monkeypatch.setattr(dhlens.prefill, "SHORTEST_SHARE", 8)
+    monkeypatch.setattr(dhlens.prefix, "SHORTEST_SHARE", 8)
     long = episode(60, name="long")
     short = episode(40, name="short", prefix=long.tokens[:40])
     shared = observe(model, [short, long], max_new_tokens=4, progress=False)
@@ -76,7 +76,7 @@ def test_one_prompt_that_begins_another(model, monkeypatch):
 
 
 def test_no_shared_run_crosses_a_rope_break(monkeypatch):
-    monkeypatch.setattr(dhlens.prefill, "SHORTEST_SHARE", 8)
+    monkeypatch.setattr(dhlens.prefix, "SHORTEST_SHARE", 8)
     model = load(build("phi"), tokenizer=tokenizer())
     base = episode(100).tokens
     long = [episode(100, name=f"e{i}", seed=i, prefix=base[:40]) for i in range(2)]
