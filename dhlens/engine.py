@@ -26,7 +26,7 @@ from dhlens.episode import Episode, Outcome
 from dhlens.model import Model
 from dhlens.prefix import prefill, straddles
 from dhlens.reads import Capture
-from dhlens.record import Block, read_block, record
+from dhlens.record import Block, outcome_of, read_block, record
 from dhlens.stream import Stream
 from dhlens.trace import Trace
 
@@ -122,7 +122,7 @@ def generate(
     for i, stream in tqdm(streams, total=len(episodes), desc="generate", unit="episode", disable=not progress):
         guess = guesser(draft, episodes[i], model.stop_ids)
         tokens, _ = _greedy(model, stream, [int(episodes[i].tokens[-1])], max_new_tokens, guess)
-        found[i] = _outcome(model, episodes[i], tokens)
+        found[i] = outcome_of(model, episodes[i], tokens)
     return [found[i] for i in range(len(episodes))]
 
 
@@ -151,7 +151,7 @@ def replay(
     for i, stream in tqdm(streams, total=len(episodes), desc="replay", unit="episode", disable=not progress):
         tokens = answers[i].tolist()
         blocks = _read_rows(model, stream, [int(episodes[i].tokens[-1]), *tokens[:-1]], episodes[i], capture)
-        outcome = _outcome(model, episodes[i], tokens, given=True)
+        outcome = outcome_of(model, episodes[i], tokens, given=True)
         found[i] = record(episodes[i], outcome, card, blocks, next_tokens=tokens, first=len(episodes[i].tokens) - 1)
     return Trace.cat([found[i] for i in range(len(episodes))])
 
@@ -209,7 +209,7 @@ def _observe_answer(
     drafted = guess([])[: _reach(stream, room) - 1]
     if drafted:
         start = stream.mark()
-        block = read_block(model, stream, [last, *drafted], episode, capture)
+        block = read_block(model, stream, torch.tensor([[last, *drafted]]), episode, capture)
         tokens = _confirmed(model, block.logits, drafted, counts)
         stream.rewind(start, keep=len(tokens))
         blocks.append(block.first(len(tokens)))
@@ -219,7 +219,7 @@ def _observe_answer(
         counts += more
         stream.rewind(start)
         blocks += _read_rows(model, stream, [last, *tokens][seen : len(tokens)], episode, capture)
-    outcome = _outcome(model, episode, tokens)
+    outcome = outcome_of(model, episode, tokens)
     card = dataclasses.replace(card, counts=dict(counts))
     return record(episode, outcome, card, blocks, next_tokens=tokens, first=len(episode.tokens) - 1)
 
@@ -233,12 +233,13 @@ def _observe_prompt(
     if span.stop == len(episode.tokens):
         following.append(int(blocks[-1].logits[-1].argmax()))
     return record(
-        episode, _outcome(model, episode, [], given=True), card, blocks, next_tokens=following, first=span.start
+        episode, outcome_of(model, episode, [], given=True), card, blocks, next_tokens=following, first=span.start
     )
 
 
 def _read_rows(model: Model, stream: Stream, fed: list[int], episode: Episode, capture: Capture) -> list[Block]:
-    return [read_block(model, stream, fed[i : i + ROWS], episode, capture) for i in range(0, len(fed), ROWS)]
+    rows = torch.tensor(fed)[None]
+    return [read_block(model, stream, part, episode, capture) for part in rows.split(ROWS, dim=1)]
 
 
 def _greedy(model: Model, stream: Stream, said: list[int], room: int, guess: Guess) -> tuple[list[int], Counter[str]]:
@@ -284,10 +285,3 @@ def _finite_argmax(logits: Float[Tensor, "row vocab"]) -> int:
 
 def _reach(stream: Stream, room: int) -> int:
     return room if stream.reach is None else min(room, stream.reach)
-
-
-def _outcome(model: Model, episode: Episode, tokens: list[int], *, given: bool = False) -> Outcome:
-    stopped = bool(tokens) and tokens[-1] in model.stop_ids
-    text = model.tokenizer.decode(tokens[:-1] if stopped else tokens)
-    why = "given" if given else "stop_token" if stopped else "max_new_tokens"
-    return Outcome(torch.tensor(tokens, dtype=torch.long), text, episode.judge(text), why)

@@ -49,6 +49,8 @@ class Capture:
     """Hidden sites: "final" (the final norm's output) or "resid_<layer>"."""
     rows: bool = False
     """Keep whole attention rows (float16; prompt length x heads x 2 bytes a step)."""
+    z: bool = False
+    """Keep head outputs in the model's dtype (heads x d_head numbers a step), for mean, resample and patch edits."""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.sink < 0 or self.local < 0:
@@ -65,6 +67,7 @@ class Capture:
             "focus": list(self.focus),
             "hidden": list(self.hidden),
             "rows": self.rows,
+            "z": self.z,
         }
 
 
@@ -131,6 +134,15 @@ def rows(out: Readings, *, n_layers: int, keys: int | None = None) -> list[Hook]
     return _pattern_hooks(n_layers, read)
 
 
+def outputs(out: Readings, *, n_layers: int) -> list[Hook]:
+    """`z`, [row, head, d_head]: head outputs before the output projection."""
+
+    def at(layer: int) -> Hook:
+        return sites.z(layer), lambda z, hook: put(out, "z", layer, z.flatten(0, 1).clone())
+
+    return [at(layer) for layer in range(n_layers)]
+
+
 def hidden(out: Readings, name: str, *, site: str, weight: Float[Tensor, " d_model"] | None = None) -> list[Hook]:
     """`name`, float32 [row, d_model]: the residual stream at a hook `site`, times `weight` where one is given."""
 
@@ -158,6 +170,8 @@ def capture_hooks(
         found += focus(out, n_layers=n_layers, at=focus_at, keys=keys)
     if capture.rows:
         found += rows(out, n_layers=n_layers, keys=keys)
+    if capture.z:
+        found += outputs(out, n_layers=n_layers)
     for name, (site, weight) in hidden_sites.items():
         found += hidden(out, name, site=site, weight=weight)
     return found

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from dhlens import reads
 from dhlens.card import RunCard
 from dhlens.episode import Episode, Outcome
+from dhlens.hooks import Hook
 from dhlens.model import Model
 from dhlens.reads import Capture
 from dhlens.stream import Stream
@@ -29,11 +30,26 @@ class Block:
 
     def first(self, n: int) -> "Block":
         """The first `n` rows."""
-        return Block(self.fed[:n], self.logits[:n], {name: f[:n] for name, f in self.fields.items()})
+        return self.rows(slice(n))
+
+    def rows(self, at: slice) -> "Block":
+        """A run of rows."""
+        return Block(self.fed[at], self.logits[at], {name: f[at] for name, f in self.fields.items()})
 
 
-def read_block(model: Model, stream: Stream, fed: Sequence[int], episode: Episode, capture: Capture) -> Block:
-    """Feed `fed` through the hooked model with the reads that `capture` asks for."""
+def read_block(
+    model: Model,
+    stream: Stream,
+    fed: Int[Tensor, "lane new"],
+    episode: Episode,
+    capture: Capture,
+    *,
+    edits: Sequence[Hook] = (),
+) -> Block:
+    """Feed `fed` through the hooked model with `edits` and, behind them, the reads that `capture` asks for.
+
+    Rows of the block are those of the first lane, then of the next.
+    """
     out: reads.Readings = {}
     sites = {name: model.hidden_site(name) for name in capture.hidden}
     focus_at = _focus_at(episode, capture)
@@ -41,17 +57,24 @@ def read_block(model: Model, stream: Stream, fed: Sequence[int], episode: Episod
         out,
         capture,
         n_layers=model.n_layers,
-        keys=stream.length + len(fed),
+        keys=stream.length + fed.shape[1],
         spans=_runs(episode),
         focus_at=focus_at,
         hidden_sites=sites,
     )
-    tokens = torch.tensor(list(fed), dtype=torch.long)
-    logits = stream.feed(tokens[None], hooks=hooks, keep=len(fed))[0]
+    logits = stream.feed(fed, hooks=[*edits, *hooks], keep=fed.shape[1]).flatten(0, 1)
     fields = {name: by[0].cpu() if name in sites else reads.stack(by) for name, by in out.items()}
     if capture.focus:
-        fields["focus_key"] = focus_at.expand(len(fed), -1)
-    return Block(tokens, logits, fields)
+        fields["focus_key"] = focus_at.expand(fed.numel(), -1)
+    return Block(fed.flatten(), logits, fields)
+
+
+def outcome_of(model: Model, episode: Episode, tokens: Sequence[int], *, given: bool = False) -> Outcome:
+    """What the generated `tokens` amount to; `given` where the model did not choose them."""
+    stopped = bool(tokens) and tokens[-1] in model.stop_ids
+    text = model.tokenizer.decode(tokens[:-1] if stopped else tokens)
+    why = "given" if given else "stop_token" if stopped else "max_new_tokens"
+    return Outcome(torch.tensor(list(tokens), dtype=torch.long), text, episode.judge(text), why)
 
 
 def record(
@@ -103,6 +126,7 @@ def record(
         focus=fields.pop("focus", None),
         focus_key=fields.pop("focus_key", None),
         rows=fields.pop("rows", None),
+        z=fields.pop("z", None),
         hidden=fields,
     )
 

@@ -62,8 +62,12 @@ class Stream(Protocol):
         """Forget what was fed since `mark`, but for its first `keep` tokens."""
         ...
 
-    def fork(self) -> "Stream":
-        """An independent stream that goes on from here."""
+    def fork(self, lanes: int = 1) -> "Stream":
+        """An independent stream that goes on from here; with `lanes`, a batch of that many copies of this one."""
+        ...
+
+    def select(self, lanes: Sequence[int]) -> None:
+        """Keep only these lanes of the batch; marks set before no longer hold."""
         ...
 
 
@@ -168,12 +172,21 @@ class HFStream:
                 layers[i] = _restore(saved, layer, fed, keep)
         self.length = mark.length + keep
 
-    def fork(self) -> "HFStream":
+    def fork(self, lanes: int = 1) -> "HFStream":
         """See `Stream.fork`."""
-        twin = copy.copy(self)
-        twin._cache = copy.copy(self._cache)
-        twin._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
-        return twin
+        branch = copy.copy(self)
+        branch._cache = copy.copy(self._cache)
+        branch._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        if lanes > 1:
+            branch.select([0] * lanes)
+        return branch
+
+    def select(self, lanes: Sequence[int]) -> None:
+        """See `Stream.select`."""
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[list(lanes)], layer.values[list(lanes)]
 
 
 def layer_window(layer: Any) -> int | None:
@@ -242,9 +255,18 @@ class TLStream:
             entry.past_values = entry.past_values[:, : self.length]
         self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, : self.length]
 
-    def fork(self) -> "TLStream":
+    def fork(self, lanes: int = 1) -> "TLStream":
         """See `Stream.fork`."""
-        twin = copy.copy(self)
-        twin._cache = copy.copy(self._cache)
-        twin._cache.entries = [copy.copy(entry) for entry in self._cache.entries]
-        return twin
+        branch = copy.copy(self)
+        branch._cache = copy.copy(self._cache)
+        branch._cache.entries = [copy.copy(entry) for entry in self._cache.entries]
+        if lanes > 1:
+            branch.select([0] * lanes)
+        return branch
+
+    def select(self, lanes: Sequence[int]) -> None:
+        """See `Stream.select`."""
+        kept = list(lanes)
+        for entry in self._cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
+        self._cache.previous_attention_mask = self._cache.previous_attention_mask[kept]

@@ -68,6 +68,8 @@ class Trace:
     """Float16[n layer head focus]: attention on each of those keys; 0 where padded."""
     rows: Float16[Tensor, "n layer head key"] | None = field(default=None, metadata=_PER_ROW | {"fill": 0.0})
     """Float16[n layer head key]: whole attention rows (opt-in); 0 where padded."""
+    z: Float[Tensor, "n layer head d_head"] | None = field(default=None, metadata=_PER_ROW)
+    """Float[n layer head d_head]: head outputs before the output projection (opt-in), for edits that put them back."""
     hidden: Mapping[str, Float[Tensor, "n d_model"]] = field(default_factory=dict)
     """Site to Float[n d_model]: "final" (the final norm's output) or "resid_<layer>"."""
 
@@ -230,7 +232,7 @@ def _cat_padded(parts: Sequence[Tensor | None], fill: float) -> Tensor | None:
     tensors = [p for p in parts if p is not None]
     if len(tensors) != len(parts):
         if tensors:
-            raise ValueError("traces with and without an optional record (focus, rows, heads_used) cannot be joined")
+            raise ValueError("traces with and without an optional record (focus, rows, z, heads_used) cannot be joined")
         return None
     width = max(t.shape[-1] for t in tensors) if tensors[0].ndim > 1 else 0
     return torch.cat([pad(t, (0, width - t.shape[-1]), value=fill) if t.ndim > 1 else t for t in tensors])

@@ -1,0 +1,228 @@
+"""Decode while heads are changed: one policy and one edit per lane, all lanes of an episode in one batch.
+
+    runs = dh.decode(model, episodes, {"dynamic": dh.Dynamic(), "static": dh.Static(top20), "none": None})
+    runs["dynamic"].outcomes[0].text, runs["dynamic"].heads_used, runs["dynamic"].clean
+
+At each step, for all lanes at once: (1) where a policy asks for it, feed the token clean, read it, and take it back;
+(2) each lane's policy names heads; (3) feed the token with each lane's edit of its heads, reading again; (4) the greedy
+token of THESE logits goes on. A lane's result equals that of its run alone.
+
+`commit` says which keys and values later steps see of this one. "edited" (default): those of the edited pass, so that
+the model lives with what was taken away, as a model without these heads would. "clean": the step is fed once more
+unchanged, so that every step is an experiment of its own on an unharmed past, and only the words carry the effect on.
+
+The prompt stays clean unless `prompt=True`, which edits its rows as well and needs policies that read nothing (Static,
+RandomLike of it): "take away while answering" and "take away throughout" are different experiments.
+Cost: one hooked pass of one row per lane and step, two where any lane reads, three with commit="clean".
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+
+from dhlens.card import RunCard
+from dhlens.edits import Edit, zero
+from dhlens.engine import check_episodes, observation_card
+from dhlens.episode import Episode
+from dhlens.heads import HeadSet
+from dhlens.hooks import Hook
+from dhlens.model import Model
+from dhlens.policies import Policy, StepView
+from dhlens.prefix import prefill
+from dhlens.reads import Capture
+from dhlens.record import Block, outcome_of, read_block, record
+from dhlens.stream import CHUNK, Stream
+from dhlens.trace import Trace
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A policy and what is done to the heads it names; `edit` None stands for `zero()`."""
+
+    policy: Policy | None
+    """None leaves the model alone."""
+    edit: Edit | None = None
+
+
+@dataclass
+class _Run:
+    """One lane of one episode while it is decoded."""
+
+    name: str
+    policy: Policy | None
+    edit: Edit
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    clean: list[Block] = field(default_factory=list)
+    used: list[HeadSet] = field(default_factory=list)
+
+
+def decode(
+    model: Model,
+    episodes: Sequence[Episode],
+    lanes: Mapping[str, Lane | Policy | None],
+    *,
+    commit: str = "edited",
+    prompt: bool = False,
+    max_new_tokens: int = 48,
+    capture: Capture = Capture(),
+    progress: bool = True,
+) -> dict[str, Trace]:
+    """Greedy answers under every lane, and what was read meanwhile.
+
+    Args:
+        model: a loaded model.
+        episodes: prompts.
+        lanes: name to policy (with zeroing), `Lane(policy, edit)`, or None for the model as it is.
+        commit: whose keys and values stay, see above.
+        prompt: edit the prompt's rows too.
+        max_new_tokens: most answer tokens.
+        capture: what to keep of every row.
+        progress: show a bar.
+
+    Returns:
+        Name to Trace, with `heads_used`, and `clean` where the lane's policy read.
+
+    Raises:
+        ValueError: see `engine.check_episodes`; no lane, an unknown commit, `prompt=True` with a policy that reads.
+        TypeError: a lane is something else.
+
+    Source: arXiv 2602.11162, section 4 (two passes per step). It does not say whose keys and values stay.
+    """
+    chosen = {name: lane if isinstance(lane, Lane) else Lane(lane) for name, lane in lanes.items()}
+    _check(chosen, commit, prompt)
+    check_episodes(model, episodes, max_new_tokens=max_new_tokens)
+    card = observation_card(model, capture=capture, max_new_tokens=max_new_tokens, commit=commit, edit_prompt=prompt)
+    found: dict[str, dict[int, Trace]] = {name: {} for name in chosen}
+    bar = tqdm(total=len(episodes), desc="decode", unit="episode", disable=not progress)
+    for i, streams in _prompts(model, episodes, chosen, prompt):
+        for stream, names in streams:
+            runs = [_Run(name, chosen[name].policy, chosen[name].edit or zero()) for name in names]
+            _decode_lanes(model, stream, episodes[i], runs, card, commit, max_new_tokens, capture)
+            for run in runs:
+                found[run.name][i] = _trace(model, episodes[i], run, card)
+        bar.update()
+    bar.close()
+    return {name: Trace.cat([by[i] for i in range(len(episodes))]) for name, by in found.items()}
+
+
+def _check(lanes: Mapping[str, Lane], commit: str, prompt: bool) -> None:
+    if not lanes:
+        raise ValueError("decode needs at least one lane, got none")
+    if commit not in ("edited", "clean"):
+        raise ValueError(f"commit must be 'edited' or 'clean', got {commit!r}")
+    for name, lane in lanes.items():
+        if lane.policy is not None and not isinstance(lane.policy, Policy):
+            raise TypeError(
+                f"lane {name!r} must hold a Policy (wrap a function: dh.Policy(fn)), got {type(lane.policy).__name__}"
+            )
+        if prompt and lane.policy is not None and (lane.policy.needs_read or lane.policy.needs_past):
+            raise ValueError(f"prompt=True edits rows before any step is read: lane {name!r} must not need a read")
+
+
+def _prompts(
+    model: Model, episodes: Sequence[Episode], lanes: Mapping[str, Lane], prompt: bool
+) -> Iterator[tuple[int, list[tuple[Stream, list[str]]]]]:
+    """Per episode its prefilled streams and the names of the lanes in each batch."""
+    if not prompt:
+        for i, stream in prefill(model, episodes):
+            yield i, [(stream.fork(len(lanes)), list(lanes))]
+        return
+    for i, e in enumerate(episodes):
+        yield i, [(_edited_prompt(model, e, lane), [name]) for name, lane in lanes.items()]
+
+
+def _edited_prompt(model: Model, episode: Episode, lane: Lane) -> Stream:
+    stream = model.stream()
+    tokens = episode.tokens[:-1]
+    if lane.policy is None:
+        stream.feed(tokens[None])
+        return stream
+    heads = lane.policy(StepView(episode, 0, int(episode.tokens[-1]), model.shape, None), None)
+    for part in tokens.split(len(tokens) if model.rope_breaks else CHUNK):
+        keys = stream.length + len(part)
+        stream.feed(part[None], hooks=(lane.edit or zero())(heads, steps=[0] * len(part), keys=keys))
+    return stream
+
+
+def _decode_lanes(
+    model: Model,
+    stream: Stream,
+    episode: Episode,
+    runs: list[_Run],
+    card: RunCard,
+    commit: str,
+    room: int,
+    capture: Capture,
+) -> None:
+    alive = list(runs)
+    for step in range(room):
+        fed = torch.tensor([[run.tokens[-1] if run.tokens else int(episode.tokens[-1])] for run in alive])
+        here = stream.mark()
+        if any(run.policy is not None and run.policy.needs_read for run in alive):
+            read = read_block(model, stream, fed, episode, capture)
+            stream.rewind(here)
+            for lane, run in enumerate(alive):
+                run.clean.append(read.rows(slice(lane, lane + 1)))
+        for run in alive:
+            run.used.append(_heads(model, episode, run, card, step))
+        block = read_block(model, stream, fed, episode, capture, edits=_hooks(alive, step, stream.length + 1))
+        if commit == "clean":
+            stream.rewind(here)
+            stream.feed(fed)
+        if bool(block.logits.isnan().any()):
+            raise ValueError(f"the logits are NaN at step {step}: what the edit puts in is not finite")
+        for lane, run in enumerate(alive):
+            run.blocks.append(block.rows(slice(lane, lane + 1)))
+            run.tokens.append(int(block.logits[lane].argmax()))
+        going = [lane for lane, run in enumerate(alive) if run.tokens[-1] not in model.stop_ids]
+        if not going:
+            return
+        if len(going) < len(alive):
+            stream.select(going)
+            alive = [alive[lane] for lane in going]
+
+
+def _heads(model: Model, episode: Episode, run: _Run, card: RunCard, step: int) -> HeadSet:
+    if run.policy is None:
+        return HeadSet([], model.shape)
+    fed = run.tokens[-1] if run.tokens else int(episode.tokens[-1])
+    reads = run.policy.needs_read
+    now = _clean(model, episode, run, card, slice(-1, None), first=len(episode.tokens) - 1 + step) if reads else None
+    past = None
+    if step and reads and run.policy.needs_past:
+        past = _clean(model, episode, run, card, slice(-1), first=len(episode.tokens) - 1)
+    return run.policy(StepView(episode, step, fed, model.shape, now), past)
+
+
+def _clean(model: Model, episode: Episode, run: _Run, card: RunCard, rows: slice, *, first: int) -> Trace:
+    """The clean reads of some steps; what follows each is its own prediction, whatever the edited model said."""
+    blocks = run.clean[rows]
+    outcome = outcome_of(model, episode, run.tokens, given=True)
+    predicted = [int(b.logits[-1].argmax()) for b in blocks]
+    return record(episode, outcome, card, blocks, next_tokens=predicted, first=first)
+
+
+def _hooks(runs: Sequence[_Run], step: int, keys: int) -> list[Hook]:
+    """Each lane's edit of its own heads in its own row of the batch."""
+    hooks: list[Hook] = []
+    by_edit: dict[int, list[int]] = {}
+    for lane, run in enumerate(runs):
+        if len(run.used[-1]):
+            by_edit.setdefault(id(run.edit), []).append(lane)
+    for lanes in by_edit.values():
+        sets = [runs[lane].used[-1] for lane in lanes]
+        hooks += runs[lanes[0]].edit(sets, rows=lanes, steps=[step] * len(lanes), keys=keys)
+    return hooks
+
+
+def _trace(model: Model, episode: Episode, run: _Run, card: RunCard) -> Trace:
+    first = len(episode.tokens) - 1
+    card = card.with_settings(lane=run.name, policy=run.policy.name if run.policy else None)
+    outcome = outcome_of(model, episode, run.tokens)
+    trace = record(episode, outcome, card, run.blocks, next_tokens=run.tokens, first=first)
+    clean = _clean(model, episode, run, card, slice(None), first=first) if run.clean else None
+    return dataclasses.replace(trace, heads_used=torch.stack([h.mask() for h in run.used]), clean=clean)
