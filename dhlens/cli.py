@@ -69,13 +69,14 @@ def scan(
 
     chosen = _needle(needle, question, answer)
     observation = Observation(max_new_tokens=max_new_tokens, draft=_one_of("draft", draft, _DRAFTS))
-    grid = {"lengths": _numbers("lengths", lengths, int), "depths": _numbers("depths", depths, float)}
+    asked, where = _numbers("lengths", lengths, int), _numbers("depths", depths, float)
     executor = serial if workers == 1 else Processes(workers)
     loaded = load(model, dtype=_one_of("dtype", dtype, _DTYPES), device=device)
     episodes = niah.episodes(
         loaded.tokenizer,
         haystack,
-        **grid,
+        lengths=asked,
+        depths=where,
         n=n,
         needle=chosen,
         seed=seed,
@@ -113,7 +114,7 @@ def show(
     both = pd.concat(tables, axis=1, keys=[str(run), str(other)])
     differences = first.trace.card.differences(second.trace.card)
     if as_json:
-        values = {str(f): dict(t["value"].items()) for f, t in zip((run, other), tables, strict=True)}
+        values = {str(folder): _values(scan) for folder, scan in ((run, first), (other, second))}
         typer.echo(json.dumps({"values": values, "differences": differences}))
         return
     typer.echo(both.to_string(float_format=lambda x: f"{x:,.4f}", na_rep=""))
@@ -122,11 +123,16 @@ def show(
 
 def _say(result: Any, folder: Path, as_json: bool) -> None:
     if as_json:
-        values = result.dynamics.table.set_index("metric")["value"]
-        typer.echo(json.dumps({"folder": str(folder), "model": result.trace.card.model, **values.dropna().to_dict()}))
+        typer.echo(json.dumps({"folder": str(folder), "model": result.trace.card.model, **_values(result)}))
         return
     typer.echo(result.summary())
     typer.echo(f"\nreport: {folder / 'report.html'}")
+
+
+def _values(result: Any) -> dict[str, float]:
+    """Measure to value; those without one (too few groups or heads) are left out."""
+    table = result.dynamics.table.dropna(subset="value")
+    return dict(zip(table["metric"], table["value"], strict=True))
 
 
 def _needle(needle: str, question: str | None, answer: str | None) -> Any:
