@@ -31,7 +31,7 @@ class RunCard:
     revision: str | None = None
     """Hub revision, where there is one."""
     weights_sha256: str | None = None
-    """Hash of the weight files; None for a model object handed in."""
+    """Hash of the weight files; of samples of every parameter for a model object or one from the Hub."""
     dtype: str = "float32"
     """Parameter dtype."""
     seed: int | None = None

@@ -66,15 +66,17 @@ def scan(
     from dhlens.recipes.detect import Observation
     from dhlens.recipes.detect import scan as run_scan
     from dhlens.tasks import niah
+    from dhlens.tasks.haystack import read_haystack
 
     chosen = _needle(needle, question, answer)
     observation = Observation(max_new_tokens=max_new_tokens, draft=_one_of("draft", draft, _DRAFTS))
     asked, where = _numbers("lengths", lengths, int), _numbers("depths", depths, float)
     executor = serial if workers == 1 else Processes(workers)
+    prose = read_haystack(haystack)  # before the model, which takes longer
     loaded = load(model, dtype=_one_of("dtype", dtype, _DTYPES), device=device)
     episodes = niah.episodes(
         loaded.tokenizer,
-        haystack,
+        prose,
         lengths=asked,
         depths=where,
         n=n,
@@ -110,6 +112,9 @@ def show(
         _say(Scan.load(run), run, as_json)
         return
     first, second = Scan.load(run), Scan.load(other)
+    for folder, scan in ((run, first), (other, second)):
+        if scan.problem:
+            raise ValueError(f"{folder} has no dynamics to compare: {scan.problem}")
     tables = [s.dynamics.table.set_index("metric")[["value", "low", "high"]] for s in (first, second)]
     both = pd.concat(tables, axis=1, keys=[str(run), str(other)])
     differences = first.trace.card.differences(second.trace.card)
@@ -129,8 +134,10 @@ def _say(result: Any, folder: Path, as_json: bool) -> None:
     typer.echo(f"\nreport: {folder / 'report.html'}")
 
 
-def _values(result: Any) -> dict[str, float]:
+def _values(result: Any) -> dict[str, Any]:
     """Measure to value; those without one (too few groups or heads) are left out."""
+    if result.problem:
+        return {"problem": result.problem}
     table = result.dynamics.table.dropna(subset="value")
     return dict(zip(table["metric"], table["value"], strict=True))
 

@@ -102,7 +102,7 @@ def dynamics(
     score: Score,
     *,
     static_from: float | Float[Tensor, "layer head"] = 0.5,
-    threshold: float = 0.0,
+    threshold: float | None = None,
     ks: Sequence[int] = (20, 50, 100),
     seed: int = 0,
     n_boot: int = 1000,
@@ -114,22 +114,24 @@ def dynamics(
         score: Heads above `threshold` are active.
         static_from: The static ranking: a share of the groups to fit it on (by mean score, ties by (layer, head)), the
             other groups then being the ones measured; or a score per head, measured on all groups.
-        threshold: Activity is a value above this.
+        threshold: Activity is a value above this; a score of yes and no needs none.
         ks: Sizes of the static sets.
         seed: Of the split, the bootstrap and the nulls.
         n_boot: Bootstrap resamples.
         answered: Leave out episodes that were judged wrong.
 
     Raises:
-        ValueError: a share without 2 groups to part, a ranking of another shape, a size below 1, or no step to measure.
-
+        ValueError: a continuous score without a threshold, a share without 2 groups to part, a ranking of another
+            shape, a size below 1, or no step to measure.
     Source: arXiv 2602.11162, table 1 and A.3. What it leaves open is chosen and named: a step without heads has Jaccard
         0 with the static set; an empty pair of steps is skipped (`jaccard_adjacent_paper` counts it as 1); entropy is
         that of shares of activations, in nats.
     """
     if min(ks, default=0) < 1:
         raise ValueError(f"ks must be sizes of static sets, at least 1 each, got {tuple(ks)}")
-    raster = Raster.of(score, threshold=threshold, answered=answered)
+    if threshold is None and not score.binary:
+        raise ValueError(f"score {score.name!r} is continuous: say from which value on a head is active, threshold=")
+    raster = Raster.of(score, threshold=threshold or 0.0, answered=answered)
     ranking, held = rank_heads(score, raster, static_from, seed=seed)
     jaccard = raster.jaccard()
     steps = _sizes(score, raster) | static_steps(raster, ranking, held, ks) | _adjacent(raster, jaccard)

@@ -89,6 +89,7 @@ def observe_each(
     Raises:
         ValueError: see `observe`; raised here, before any pass.
     """
+    at_least_one(max_new_tokens)
     check_episodes(model, episodes, max_new_tokens=0 if rows else max_new_tokens)
     guesses = [guesser(draft, e, model.stop_ids) for e in episodes]
     upto = None if rows is None else [min(e.span(rows).start, len(e.tokens) - 1) for e in episodes]
@@ -116,6 +117,7 @@ def generate(
     progress: bool = True,
 ) -> list[Outcome]:
     """Greedy answers on the fast twin, nothing observed. Arguments and errors as in `observe`."""
+    at_least_one(max_new_tokens)
     check_episodes(model, episodes, max_new_tokens=max_new_tokens)
     found: dict[int, Outcome] = {}
     streams = prefill(model, episodes, share=share)
@@ -145,6 +147,9 @@ def replay(
             f"replay needs one non-empty answer per episode, got {len(answers)} for {len(episodes)} episodes"
         )
     check_episodes(model, episodes, max_new_tokens=max(map(len, answers), default=0))
+    vocabulary = model.hooked.cfg.d_vocab
+    if any(int(a.min()) < 0 or int(a.max()) >= vocabulary for a in answers):
+        raise ValueError(f"answers must hold token ids within 0..{vocabulary - 1}")
     card = observation_card(model, max_new_tokens=None, draft="given", rows=None, capture=capture, share=share)
     found: dict[int, Trace] = {}
     streams = prefill(model, episodes, share=share)
@@ -187,9 +192,20 @@ def check_episodes(model: Model, episodes: Sequence[Episode], *, max_new_tokens:
             )
 
 
+def at_least_one(max_new_tokens: int) -> None:
+    """Refuse to generate nothing.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
 def observation_card(model: Model, *, capture: Capture, **settings: Any) -> RunCard:
     """The model's card with what decides an observation's numbers."""
-    return model.card.with_settings(**settings, capture=capture.settings(), twin=model.twin is not None)
+    found = {"capture": capture.settings(), "twin": model.twin is not None, "device": model.device.type}
+    return model.card.with_settings(**settings, **found)
 
 
 def warn_mismatch(card: RunCard) -> None:

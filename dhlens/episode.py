@@ -121,6 +121,6 @@ class Outcome:
     text: str
     """The generated text without the stop token."""
     correct: bool | None
-    """`Episode.judge(text)`."""
+    """`Episode.judge(text)`; None where nothing was said."""
     stopped: Literal["stop_token", "max_new_tokens", "given"]
-    """Why generation ended; "given" where the tokens were handed in to be replayed."""
+    """Why generation ended; "given" where tokens without a stop token were handed in to be replayed."""

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
 from dhlens.edits import Edit, zero
-from dhlens.engine import check_episodes, observation_card
+from dhlens.engine import at_least_one, check_episodes, observation_card
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.hooks import Hook
@@ -94,6 +94,7 @@ def decode(
     """
     chosen = {name: lane if isinstance(lane, Lane) else Lane(lane) for name, lane in lanes.items()}
     _check(chosen, commit, prompt)
+    at_least_one(max_new_tokens)
     check_episodes(model, episodes, max_new_tokens=max_new_tokens)
     card = observation_card(model, capture=capture, max_new_tokens=max_new_tokens, commit=commit, edit_prompt=prompt)
     found: dict[str, dict[int, Trace]] = {name: {} for name in chosen}
@@ -173,8 +174,6 @@ def _decode_lanes(
         if commit == "clean":
             stream.rewind(here)
             stream.feed(fed)
-        if bool(block.logits.isnan().any()):
-            raise ValueError(f"the logits are NaN at step {step}: what the edit puts in is not finite")
         for lane, run in enumerate(alive):
             run.blocks.append(block.rows(slice(lane, lane + 1)))
             run.tokens.append(int(block.logits[lane].argmax()))

@@ -8,6 +8,8 @@ a few tokens that the hooks mean what they say on this architecture.
 """
 
 import copy
+import dataclasses
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ class Model:
     """Sliding window of each layer; None for full attention."""
     rope_breaks: tuple[int, ...] = ()
     """Lengths at which position factors change (longrope, dynamic NTK); no pass may straddle one."""
+    named: bool = False
+    """Whether it was loaded by a name or path, so that another process can load the same."""
     limits: dict[str, str] = field(default_factory=dict)
     """What this model cannot do, and why: capability to reason."""
 
@@ -154,10 +158,14 @@ def _from_files(
     hub = {"revision": revision} if source.folder is None else {}
     hf: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **hub)
     hf = hf.to(device).eval()
-    card = RunCard(
-        source.name, revision=revision, weights_sha256=source.sha256, dtype=str(dtype).removeprefix("torch.")
+    card = dataclasses.replace(
+        _card(source.name, hf),
+        revision=revision if source.folder else getattr(hf.config, "_commit_hash", None) or revision,
     )
-    return _from_hf(hf, tokenizer or AutoTokenizer.from_pretrained(where, **hub), card=card, path=source.folder)
+    if source.sha256:
+        card = dataclasses.replace(card, weights_sha256=source.sha256)
+    model = _from_hf(hf, tokenizer or AutoTokenizer.from_pretrained(where, **hub), card=card, path=source.folder)
+    return dataclasses.replace(model, named=True)
 
 
 def _from_hf(hf: PreTrainedModel, tokenizer: Any, *, card: RunCard, path: Path | None = None) -> Model:
@@ -216,7 +224,14 @@ def _text_config(hf: Any) -> Any:
 
 
 def _card(name: str, model: Any) -> RunCard:
-    return RunCard(name, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
+    """A card that tells two models apart: the hash samples every parameter, so that it is quick at any size."""
+    weights = hashlib.sha256()
+    for parameter_name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 1024)].float().cpu()
+        weights.update(f"{parameter_name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return RunCard(name, weights_sha256=weights.hexdigest(), dtype=dtype)
 
 
 def _stop_ids(hf: Any, tokenizer: Any) -> tuple[int, ...]:

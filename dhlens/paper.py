@@ -4,6 +4,8 @@ Source: arXiv 2602.11162, table 1 (the first two columns stand only in its later
 models, haystack lengths and the choice of static heads differ.
 """
 
+import math
+
 import pandas as pd
 
 from dhlens.dynamics import Dynamics
@@ -31,6 +33,8 @@ def beside_the_paper(model: str, measured: Dynamics) -> pd.DataFrame:
 
 def in_words(d: Dynamics, k: int = 20) -> list[str]:
     """What coverage, J / J_max and the nulls say about "dynamic", each sentence with its numbers."""
+    if math.isnan(d[f"coverage_{k}"]) or math.isnan(d["jaccard_adjacent"]):
+        return ["Too few heads are active, or too few haystack windows answered, for a statement about time."]
     lines = [
         f"Of the heads active at a step, {d[f'coverage_{k}']:.0%}{_range(d, f'coverage_{k}')} lie in the static top "
         f"{k}. Their Jaccard, {d[f'jaccard_static_{k}']:.2f}, is {d[f'jaccard_over_max_{k}']:.0%} of what the sizes of "

@@ -53,6 +53,8 @@ class Capture:
     """Keep head outputs in the model's dtype (heads x d_head numbers a step), for mean, resample and patch edits."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.focus, str) or isinstance(self.hidden, str):
+            raise ValueError('focus and hidden hold several names: write ("needle",), not "needle"')
         if self.k < 1 or self.sink < 0 or self.local < 0:
             raise ValueError(
                 f"k must be at least 1, sink and local at least 0, got {self.k}, {self.sink}, {self.local}"

@@ -63,6 +63,8 @@ def read_block(
         hidden_sites=sites,
     )
     logits = stream.feed(fed, hooks=[*edits, *hooks], keep=fed.shape[1]).flatten(0, 1)
+    if bool(logits.isnan().any()):
+        raise ValueError(f"episode {episode.id!r}: the logits are NaN; weights, dtype or an edit cannot carry it")
     fields = {name: by[0].cpu() if name in sites else reads.stack(by) for name, by in out.items()}
     if capture.focus:
         fields["focus_key"] = focus_at.expand(fed.numel(), -1)
@@ -70,11 +72,12 @@ def read_block(
 
 
 def outcome_of(model: Model, episode: Episode, tokens: Sequence[int], *, given: bool = False) -> Outcome:
-    """What the generated `tokens` amount to; `given` where the model did not choose them."""
+    """What the generated `tokens` amount to; `given` where the model did not choose them. No tokens are not judged."""
     stopped = bool(tokens) and tokens[-1] in model.stop_ids
     text = model.tokenizer.decode(tokens[:-1] if stopped else tokens)
-    why = "given" if given else "stop_token" if stopped else "max_new_tokens"
-    return Outcome(torch.tensor(list(tokens), dtype=torch.long), text, episode.judge(text), why)
+    why = "stop_token" if stopped else "given" if given else "max_new_tokens"
+    correct = episode.judge(text) if tokens else None
+    return Outcome(torch.tensor(list(tokens), dtype=torch.long), text, correct, why)
 
 
 def record(
@@ -100,9 +103,8 @@ def record(
     logp = logits.log_softmax(-1)
     argmax = logits.argmax(-1)
     position = torch.arange(first, first + n)
-    counts = {**card.counts, "rows": n}
-    if outcome.stopped != "given":
-        counts["mismatch"] = int((argmax != following).sum())
+    wrong = (argmax != following) & (position >= len(episode.tokens) - 1)
+    counts = {**card.counts, "rows": n, "mismatch": int(wrong.sum())}
     peak_key = fields.pop("peak_key")
     tokens = torch.cat([episode.tokens, outcome.tokens])
     return Trace(

@@ -22,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -138,6 +139,19 @@ class Run:
             return cls(Path(folder), RunCard.from_dict(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged or of another version: {error}") from error
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from working on this run meanwhile.
+
+        Raises:
+            ValueError: another one does.
+        """
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise ValueError(f"another process works on {self.folder}: wait for it, or choose another folder") from None
 
     def done(self, episode_id: str) -> bool:
         """Whether the episode's shard is there."""

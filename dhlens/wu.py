@@ -22,6 +22,8 @@ from dhlens.scores import Score, copy_paste
 from dhlens.stats import rouge1_recall
 from dhlens.trace import Trace
 
+_MODES = ("count", "set_recall")
+_KEEPS = ("rouge", "answered", "all")
 _ROUGE_PASS = 0.5
 
 
@@ -44,10 +46,12 @@ def copy_paste_wu(
             none, of `"answer_text"`); "answered": those judged correct; "all".
 
     Raises:
-        ValueError: no episode is kept, a kept one lacks the span, or a reference text is missing.
+        ValueError: an unknown mode or keep, no episode is kept, a kept one lacks the span or the reference text.
 
     Source: Wu et al. 2024 (arXiv 2404.15574), eq. 1 and the filter of its experiments.
     """
+    if mode not in _MODES or keep not in _KEEPS:
+        raise ValueError(f"mode must be one of {_MODES} and keep one of {_KEEPS}, got {mode!r} and {keep!r}")
     kept = [i for i, pair in enumerate(zip(trace.episodes, trace.outcomes, strict=True)) if _keeps(*pair, keep)]
     if not kept:
         n = len(trace.episodes)

@@ -208,3 +208,52 @@ def test_smollm2_equals_the_eager_pass_over_lengths_and_depths(smollm2, data):
     finally:
         eager.set_attn_implementation("sdpa")
     assert len(episodes) == 6 and tied / total < 1e-3
+
+
+def unjudged(episodes):
+    return [dataclasses.replace(e, meta={"group": e.group}) for e in episodes]
+
+
+def wrong(episodes):
+    return [dataclasses.replace(e, meta={**e.meta, "answer_text": "never said"}) for e in episodes]
+
+
+@pytest.mark.parametrize("change", [unjudged, wrong])
+def test_a_scan_ends_with_a_result_whatever_the_model_says(model, episodes, tmp_path, change):
+    result = scan(model, change(episodes), out=tmp_path / "run", observation=SHORT, progress=False)
+    again = Scan.load(tmp_path / "run")
+    assert again.problem == result.problem and (tmp_path / "run" / "report.html").exists()
+    if change is wrong:
+        assert "none of 8 episodes was answered correctly" in result.summary() and set(result.tables) == {"outcomes"}
+        assert list(result.figures()) == ["Accuracy"]
+    else:
+        assert result.problem is None and "Accuracy" not in result.figures()
+    text = CliRunner().invoke(app, ["show", str(tmp_path / "run"), "--json"], catch_exceptions=False).stdout
+    assert ("problem" in json.loads(text)) == (change is wrong)
+
+
+def test_one_window_is_refused_before_any_pass(model, episodes, monkeypatch):
+    monkeypatch.setattr(type(model), "stream", lambda self: pytest.fail("a forward pass began"))
+    one = [e for e in episodes if e.group == "g0"]
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        scan(model, one, progress=False)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        scan(model, episodes, observation=Observation(0), progress=False)
+
+
+def test_two_processes_do_not_share_a_folder(model, episodes, tmp_path):
+    run = detect.Run.open(tmp_path / "run", detect._card(model, episodes, SHORT, static_from=0.5, seed=0))
+    with run.alone(), pytest.raises(ValueError, match="another process works on"):
+        scan(model, episodes, out=tmp_path / "run", observation=SHORT, progress=False)
+
+
+def test_other_weights_are_another_model(model, episodes, tmp_path):
+    objects = []
+    for scale in (1.0, 1.01):
+        hf = build("llama")
+        with torch.no_grad():
+            hf.lm_head.weight *= scale
+        objects.append(load(hf, tokenizer=tokenizer()))
+    scan(objects[0], episodes, out=tmp_path / "run", observation=SHORT, progress=False)
+    with pytest.raises(ValueError, match="weights_sha256"):
+        scan(objects[1], episodes, out=tmp_path / "run", observation=SHORT, progress=False)

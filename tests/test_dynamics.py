@@ -32,7 +32,7 @@ ORACLES = {
 @pytest.mark.parametrize("model", ORACLES)
 def test_published_scores_give_the_known_table(data, model):
     score = read_head_scores(data / "head_scores" / f"{model}.json")
-    found = dynamics(score, static_from=score.mean(), n_boot=100)
+    found = dynamics(score, static_from=score.mean(), threshold=0.0, n_boot=100)
     assert {metric: found[metric] for metric in ORACLES[model]} == pytest.approx(ORACLES[model], abs=5e-5)
 
 
@@ -332,7 +332,7 @@ def test_heads_are_listed_by_how_often_they_fire():
 def test_threshold_decides_what_is_active():
     score = Score("s", torch.tensor([[[0.1, 0.3]], [[0.2, 0.4]]]), False, "test")
     ranking = torch.zeros(1, 2)
-    assert dynamics(score, static_from=ranking, ks=(1,))["heads_per_step"] == 2
+    assert dynamics(score, static_from=ranking, ks=(1,), threshold=0.0)["heads_per_step"] == 2
     assert dynamics(score, static_from=ranking, ks=(1,), threshold=0.25)["heads_per_step"] == 1
 
 
@@ -367,3 +367,9 @@ def test_row_and_print_show_the_same_numbers():
     )
     with pytest.raises(KeyError, match="no metric 'enthalpy'; there are: heads_per_step"):
         found["enthalpy"]
+
+
+def test_a_continuous_score_needs_a_threshold():
+    score = dataclasses.replace(copy_paste(toy_trace(torch.ones(2, 3, 1, 2, dtype=torch.bool))), binary=False)
+    with pytest.raises(ValueError, match="say from which value on a head is active"):
+        dynamics(score)

@@ -1,5 +1,7 @@
 """The engine against the brute-force judge: one uncached eager pass of the plain Hugging Face model."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import MODELS, VOCAB, build, eager, episode, tokenizer
@@ -202,3 +204,18 @@ def test_an_answer_across_a_rope_break_is_refused():
     model = load(build("phi"), tokenizer=tokenizer())
     with pytest.raises(ValueError, match=r"64.*60 tokens.*68"):
         observe(model, [episode(60)], max_new_tokens=8, progress=False)
+
+
+def test_a_replayed_answer_counts_like_the_observed_one(pair):
+    model, _ = pair
+    e = episode()
+    said = observe(model, [e], max_new_tokens=6, progress=False).outcomes[0].tokens
+    stopping = dataclasses.replace(model, stop_ids=(int(said[-1]),))
+    seen = observe(stopping, [e], max_new_tokens=6, progress=False)
+    again = replay(stopping, [e], [seen.outcomes[0].tokens], progress=False)
+    assert torch.equal(seen.answer_rows(), again.answer_rows()) and again.outcomes[0].stopped == "stop_token"
+    assert observe(model, [e], rows="question", progress=False).outcomes[0].correct is None
+    with pytest.raises(ValueError, match="token ids within 0"):
+        replay(model, [e], [torch.tensor([3, VOCAB])], progress=False)
+    with pytest.raises(ValueError, match=r"write ..needle.,., not"):
+        Capture(focus="needle")  # type: ignore[arg-type]

@@ -200,7 +200,7 @@ def test_windows_of_a_repeated_text_are_one_group():
         ({"needle": "uid"}, "needle must be one of"),
         ({"template": "tell me"}, "once each"),
         ({"lengths": (20,)}, "must exceed the .* tokens of template and question"),
-        ({"lengths": (700, 150)}, "the needle takes .* tokens and must be shorter than the context"),
+        ({"lengths": (700, 215)}, "the needle takes .* tokens and must be shorter than the context"),
         ({"n": 99}, r"99 separate windows of \d+ tokens need \d+ tokens .* found \d+ in 2 file"),
         ({"haystack": "nowhere.txt"}, "is not there"),
         ({"haystack": Haystack((("list", "heron river " * 900),)), "n": 1}, "no sentence end found in the first"),

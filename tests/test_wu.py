@@ -127,3 +127,10 @@ def test_keep_by_verdict():
     bare = dataclasses.replace(trace.episodes[0], meta={})
     with pytest.raises(ValueError, match="episode 'toy-0' has neither"):
         copy_paste_wu(dataclasses.replace(trace.pick([0]), episodes=(bare,)))
+
+
+def test_misspelt_options_are_refused():
+    trace = toy_trace(torch.ones(1, 2, 1, 1, dtype=torch.bool))
+    for options in ({"mode": "counts"}, {"keep": "answred"}):
+        with pytest.raises(ValueError, match="mode must be one of"):
+            copy_paste_wu(trace, **options)

@@ -24,14 +24,14 @@ from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
 from dhlens.dynamics import Dynamics, dynamics
-from dhlens.engine import check_episodes, observation_card, observe_each, warn_mismatch
+from dhlens.engine import at_least_one, check_episodes, observation_card, observe_each, warn_mismatch
 from dhlens.episode import Episode
 from dhlens.executor import Executor, serial
-from dhlens.heads import HeadSet
 from dhlens.model import Model, load
 from dhlens.paper import beside_the_paper, in_words
 from dhlens.reads import Capture
-from dhlens.render import Report, figures, report
+from dhlens.render import Report, report
+from dhlens.render.scan import scan_pictures
 from dhlens.scores import Score, copy_paste
 from dhlens.store import Run, load_trace
 from dhlens.trace import Trace
@@ -70,8 +70,19 @@ class Scan:
         return dynamics(self.score, static_from=self.static_from, seed=self.seed)
 
     @cached_property
+    def problem(self) -> str | None:
+        """Why there are no dynamics to speak of, such as no right answer; None where there are."""
+        try:
+            _ = self.dynamics
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Tidy tables: dynamics, paper, outcomes, heads, static, lags, accumulation, episodes."""
+        """Tidy tables: dynamics, paper, outcomes, heads, static, lags, accumulation, episodes; or outcomes alone."""
+        if self.problem:
+            return {"outcomes": outcomes(self.trace)}
         d = self.dynamics
         return {
             "dynamics": d.table,
@@ -84,52 +95,32 @@ class Scan:
             "episodes": d.episodes,
         }
 
-    def summary(self) -> str:
-        """The table beside the paper's and what it says, as text."""
-        correct = [o.correct for o in self.trace.outcomes]
+    def notes(self) -> list[str]:
+        """What was scanned, and what the measures say, in sentences."""
+        right = sum(bool(o.correct) for o in self.trace.outcomes)
         windows = len({e.group for e in self.trace.episodes})
-        head = f"{sum(map(bool, correct))} of {len(correct)} episodes answered, {windows} haystack windows"
-        parts = [head, str(self.dynamics), _aligned(self.tables["paper"]), *in_words(self.dynamics)]
-        return "\n\n".join(parts)
+        head = f"{right} of {len(self.trace.outcomes)} episodes answered, {windows} haystack windows."
+        return [head, f"No dynamics: {self.problem}."] if self.problem else [head, *in_words(self.dynamics)]
+
+    def summary(self) -> str:
+        """The notes, the measures and the paper's table, as text."""
+        tables = [] if self.problem else [str(self.dynamics), _aligned(self.tables["paper"])]
+        return "\n\n".join([*self.notes(), *tables])
 
     def figures(self) -> dict[str, tuple[Figure, str]]:
-        """The pictures of the report, each with its caption."""
-        d, t = self.dynamics, self.tables
-        right = [i for i, o in enumerate(self.trace.outcomes) if o.correct]
-        static = HeadSet(d.heads.loc[d.heads.in_static_20, ["layer", "head"]].to_numpy().tolist(), self.trace.shape)
-        example = right[len(right) // 2]
-        return {
-            "One episode": (
-                figures.raster(self.score, example, static=static),
-                f"Heads that copy the next token, at each step of {self.trace.episodes[example].id}.",
-            ),
-            "How often each head fires": (figures.head_map(d.heads), "Share of the steps at which a head is active."),
-            "The long tail": (figures.long_tail(d.heads), "Heads by activity; the static top 20 set apart."),
-            "Similarity over time": (
-                figures.lag_curve(d.lags),
-                "Mean Jaccard of the active heads of two steps; the null puts each episode's steps in random order.",
-            ),
-            "Against static sets": (
-                figures.static_curve(d.static),
-                "Static heads are fitted on other haystack windows; the cap is what the sizes of the two sets allow.",
-            ),
-            "Accuracy": (figures.accuracy_grid(t["outcomes"]), "Share of answers that contain the whole answer."),
-            "What more episodes would show": (
-                figures.accumulation(d.accumulation),
-                "Heads ever active and entropy grow with the number of episodes drawn.",
-            ),
-        }
+        """The pictures of the report, each with its caption; those that have nothing to show are left out."""
+        return scan_pictures(self.score, None if self.problem else self.dynamics, self.tables["outcomes"])
 
     def report(self) -> Report:
         """One self-contained HTML page."""
-        shown = {name: self.tables[name] for name in ("paper", "dynamics", "heads", "outcomes")}
-        shown["heads"] = shown["heads"].head(40)
+        shown = {name: self.tables[name] for name in (("outcomes",) if self.problem else ("paper", "dynamics"))}
         return report(
             f"Dynamic retrieval heads of {self.trace.card.model}",
             tables=shown,
             figures=self.figures(),
             card=self.trace.card,
-            notes=in_words(self.dynamics),
+            notes=self.notes(),
+            max_rows=100,
         )
 
     @classmethod
@@ -172,11 +163,20 @@ def scan(
         progress: show a bar.
 
     Raises:
-        ValueError: see `engine.check_episodes` and `store.Run.open`; an episode lacks the span "needle".
+        ValueError: see `engine.check_episodes` and `store.Run.open`; an episode lacks the span "needle", the episodes
+            come from one window, or another process works on the folder.
     """
     check_episodes(model, episodes, max_new_tokens=observation.max_new_tokens)
+    at_least_one(observation.max_new_tokens)
     for e in episodes:
         e.span("needle")
+    if len({e.group for e in episodes}) < 2:
+        raise ValueError(
+            "a scan fits static heads on some haystack windows and measures the others: it needs at least 2, got 1 "
+            "(a file that is repeated counts as one window)"
+        )
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     card = _card(model, episodes, observation, static_from=static_from, seed=seed)
     if out is None:
         if executor is not serial:
@@ -190,17 +190,18 @@ def scan(
     run = Run.open(out, card)
     if run.finished:
         return Scan.load(out)
-    left = [i for i, e in enumerate(episodes) if not run.done(e.id)]
-    job = ScanJob(model, episodes, observation, run)
-    with tqdm(
-        total=len(episodes), initial=len(episodes) - len(left), desc="scan", unit="episode", disable=not progress
-    ) as bar:
-        for n in executor(job, _families(episodes, left)):
-            bar.update(n)
-    trace = run.load_shards([e.id for e in episodes])
-    warn_mismatch(trace.card)
-    result = Scan(trace, static_from, seed, run.folder)
-    run.finish(result.tables, trace=trace, texts={"report.html": result.report().html, "summary.txt": result.summary()})
+    with run.alone():
+        left = [i for i, e in enumerate(episodes) if not run.done(e.id)]
+        job = ScanJob(model, episodes, observation, run)
+        done = len(episodes) - len(left)
+        with tqdm(total=len(episodes), initial=done, desc="scan", unit="episode", disable=not progress) as bar:
+            for n in executor(job, _families(episodes, left)):
+                bar.update(n)
+        trace = run.load_shards([e.id for e in episodes])
+        warn_mismatch(trace.card)
+        result = Scan(trace, static_from, seed, run.folder)
+        texts = {"report.html": result.report().html, "summary.txt": result.summary()}
+        run.finish(result.tables, trace=trace, texts=texts)
     return result
 
 
@@ -217,14 +218,15 @@ class ScanJob:
         """Yield each index once its shard is saved."""
         if self.model is None:
             card = self.run.card
-            self.model = load(card.model, dtype=getattr(torch, card.dtype), revision=card.revision)
+            dtype, device = getattr(torch, card.dtype), card.settings["device"]
+            self.model = load(card.model, dtype=dtype, device=device, revision=card.revision)
         for i, trace in observe_each(self.model, self.episodes, **vars(self.observation), only=indices):
             card = dataclasses.replace(self.run.card, counts=trace.card.counts)
             self.run.save_shard(dataclasses.replace(trace, card=card))
             yield i
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.model is not None and self.model.card.weights_sha256 is None and self.model.card.revision is None:
+        if self.model is not None and not self.model.named:
             raise ValueError(
                 "other processes load the model by its name: load it from a name or a folder, not an object"
             )
@@ -256,15 +258,18 @@ def _card(model: Model, episodes: Sequence[Episode], observation: Observation, *
     # the settings name what was asked for; the hash holds every token and span to it
     content = hashlib.sha256()
     for e in episodes:
+        spans = [str(span) for span in e.spans]
         content.update(
-            json.dumps([e.id, e.tokens.tolist(), e.answer.tolist(), [str(s) for s in e.spans], dict(e.meta)]).encode()
+            json.dumps([e.id, e.tokens.tolist(), e.answer.tolist(), spans, dict(e.meta)], default=str).encode()
         )
     return dataclasses.replace(
         card.with_settings(
             episodes=len(episodes),
             episodes_sha256=content.hexdigest(),
-            template=first.get("template"),
-            needle=first.get("needle"),
+            windows=len({e.group for e in episodes}),
+            lengths=sorted({e.meta.get("length", len(e.tokens)) for e in episodes}),
+            depths=sorted({e.meta["depth"] for e in episodes if "depth" in e.meta}),
+            **{key: first.get(key) for key in ("template", "needle", "sentence", "question")},
             static_from=settings["static_from"],
             stats_seed=settings["seed"],
         ),

@@ -73,8 +73,12 @@ def episodes(
     fact = needle_called(needle)
     _check_grid(lengths, depths, n=n, needles_per_cell=needles_per_cell, max_positions=max_positions)
     prompt = Prompt.of(tokenizer, template, fact.question, options=template_kwargs)
-    if max(lengths) <= len(prompt):
-        raise ValueError(f"length {max(lengths)} must exceed the {len(prompt)} tokens of template and question")
+    if min(lengths) <= len(prompt):
+        raise ValueError(f"length {min(lengths)} must exceed the {len(prompt)} tokens of template and question")
+    if needles_per_cell > 1 and not callable(fact.answer):
+        raise ValueError(
+            f"needles_per_cell={needles_per_cell} needs an answer that is drawn anew, a function of the draw"
+        )
     source = read_haystack(haystack)
     found = windows(tokenizer, source, n=n, width=max(lengths) - len(prompt), seed=seed, repeat=repeat)
     shared = {"seed": seed, "haystack_sha256": source.sha256}
