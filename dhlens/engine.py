@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from dhlens.card import RunCard
 from dhlens.drafts import Draft, Guess, guesser
 from dhlens.episode import Episode, Outcome
+from dhlens.limits import at_least_one, check_episodes
 from dhlens.model import Model
-from dhlens.prefix import prefill, straddles
+from dhlens.prefix import prefill
 from dhlens.reads import Capture
 from dhlens.record import Block, outcome_of, read_block, record
 from dhlens.stream import Stream
@@ -60,7 +61,7 @@ def observe(
         progress: show a bar.
 
     Raises:
-        ValueError: see `check_episodes`; the span `rows` is missing.
+        ValueError: see `dhlens.limits.check_episodes`; the span `rows` is missing.
 
     Source: arXiv 2602.11162, section 3 (greedy decoding, attention of the last token at each step).
     """
@@ -140,7 +141,7 @@ def replay(
     """Observe given answers (teacher forcing): row s is fed answer token s-1 and records answer token s as next.
 
     Raises:
-        ValueError: see `check_episodes`; an answer is empty, or their number is not that of the episodes.
+        ValueError: see `dhlens.limits.check_episodes`; an answer is empty, or their number is not that of the episodes.
     """
     if len(answers) != len(episodes) or any(len(a) == 0 for a in answers):
         raise ValueError(
@@ -159,47 +160,6 @@ def replay(
         outcome = outcome_of(model, episodes[i], tokens, given=True)
         found[i] = record(episodes[i], outcome, card, blocks, next_tokens=tokens, first=len(episodes[i].tokens) - 1)
     return Trace.cat([found[i] for i in range(len(episodes))])
-
-
-def check_episodes(model: Model, episodes: Sequence[Episode], *, max_new_tokens: int) -> None:
-    """Refuse what cannot be run, before any forward pass.
-
-    Raises:
-        ValueError: no episodes, doubled ids, tokens outside the vocabulary, prompt and answer beyond the model's
-            positions, or position factors that change on the way (`rope_breaks`).
-    """
-    if not episodes:
-        raise ValueError("there must be at least one episode, got none")
-    doubled = [name for name, n in Counter(e.id for e in episodes).items() if n > 1]
-    if doubled:
-        raise ValueError(f"episode ids must be unique, got {doubled[0]!r} more than once")
-    vocabulary = model.hooked.cfg.d_vocab
-    for e in episodes:
-        n, total = len(e.tokens), len(e.tokens) + max_new_tokens
-        if total > model.max_positions:
-            raise ValueError(
-                f"episode {e.id!r}: {n} prompt tokens and {max_new_tokens} new ones exceed the model's "
-                f"{model.max_positions} positions"
-            )
-        if straddles(model.rope_breaks, n - 1, total):
-            raise ValueError(
-                f"episode {e.id!r}: position factors change at length {model.rope_breaks[0]}, between the prompt's "
-                f"{n} tokens and its end at {total}; choose a length on one side"
-            )
-        if int(e.tokens.min()) < 0 or int(e.tokens.max()) >= vocabulary:
-            raise ValueError(
-                f"episode {e.id!r}: token ids must lie in 0..{vocabulary - 1}: tokenised for another model?"
-            )
-
-
-def at_least_one(max_new_tokens: int) -> None:
-    """Refuse to generate nothing.
-
-    Raises:
-        ValueError: `max_new_tokens` is below 1.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def observation_card(model: Model, *, capture: Capture, **settings: Any) -> RunCard:

@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
 from dhlens.edits import Edit, zero
-from dhlens.engine import at_least_one, check_episodes, observation_card
+from dhlens.engine import observation_card
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.hooks import Hook
+from dhlens.limits import at_least_one, check_episodes
 from dhlens.model import Model
 from dhlens.policies import Policy, StepView
 from dhlens.prefix import prefill
@@ -87,7 +88,7 @@ def decode(
         Name to Trace, with `heads_used`, and `clean` where the lane's policy read.
 
     Raises:
-        ValueError: see `engine.check_episodes`; no lane, an unknown commit, `prompt=True` with a policy that reads.
+        ValueError: see `limits.check_episodes`; no lane, an unknown commit, `prompt=True` with a policy that reads.
         TypeError: a lane is something else.
 
     Source: arXiv 2602.11162, section 4 (two passes per step). It does not say whose keys and values stay.

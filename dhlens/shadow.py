@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dhlens.edits import Edit, zero
-from dhlens.engine import check_episodes
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
+from dhlens.limits import check_episodes
 from dhlens.masks import shadow_masks, shadow_positions
 from dhlens.model import Model
 from dhlens.prefix import prefill
@@ -99,7 +99,7 @@ def effects(
         progress: show a bar.
 
     Raises:
-        ValueError: see `engine.check_episodes`; no experiment, a step outside the answer, heads of another shape.
+        ValueError: see `limits.check_episodes`; no experiment, a step outside the answer, heads of another shape.
     """
     _check(model, episode, answer, sets, rows)
     edit = edit or zero()

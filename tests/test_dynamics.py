@@ -285,7 +285,7 @@ def test_chance_match_equals_the_mean_over_all_orders_of_the_labels():
 def test_chance_match_is_for_hard_copying_only():
     trace = toy_trace(random_raster(3, 5, 2, 3, rate=0.5))
     for score in (copy_paste(trace, soft=True), dataclasses.replace(copy_paste(trace), span=None)):
-        assert "chance_match" not in set(dynamics(score, ks=(2,), n_boot=10).table["metric"])
+        assert "chance_match" not in set(dynamics(score, ks=(2,), threshold=0.0, n_boot=10).table["metric"])
 
 
 def test_accumulation_grows_to_the_full_count():

@@ -13,7 +13,7 @@ LAYERS = (
     {"scores", "wu", "raster", "static", "nulls", "dynamics", "paper", "cca", "probe", "stats"},
     {"reads", "edits", "policies"},
     {"weights", "model", "stream", "masks", "check", "drafts"},
-    {"engine", "lanes", "shadow", "prefix", "record", "executor"},
+    {"engine", "limits", "lanes", "shadow", "prefix", "record", "executor"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 BELOW = {

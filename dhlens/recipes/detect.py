@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
 from dhlens.dynamics import Dynamics, dynamics
-from dhlens.engine import at_least_one, check_episodes, observation_card, observe_each, warn_mismatch
+from dhlens.engine import observation_card, observe_each, warn_mismatch
 from dhlens.episode import Episode
 from dhlens.executor import Executor, serial
+from dhlens.limits import at_least_one, check_episodes
 from dhlens.model import Model, load
 from dhlens.paper import beside_the_paper, in_words
 from dhlens.reads import Capture
@@ -163,7 +164,7 @@ def scan(
         progress: show a bar.
 
     Raises:
-        ValueError: see `engine.check_episodes` and `store.Run.open`; an episode lacks the span "needle", the episodes
+        ValueError: see `limits.check_episodes` and `store.Run.open`; an episode lacks the span "needle", the episodes
             come from one window, or another process works on the folder.
     """
     check_episodes(model, episodes, max_new_tokens=observation.max_new_tokens)
