@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, haystack: str | None, lengths: tuple[int, ...], *, seed: int = 0, eager: bool = True) -> None:
         """Load once; make one episode per length."""
         self.model = dataclasses.replace(dh.load(MODEL, device="cpu"), stop_ids=())
+        self.model.twin.generation_config.eos_token_id = None  # `generate` would fall back on it
         self.haystack, self.seed = haystack, seed
         self.episodes = {n: self.episode(n) for n in lengths}
         if eager:
