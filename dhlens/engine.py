@@ -31,6 +31,8 @@ from dhlens.record import Block, outcome_of, read_block, record
 from dhlens.stream import Stream
 from dhlens.trace import Trace
 
+_TRUST = 4
+"""Tokens of the first guess after a wrong one."""
 ROWS = 128
 """Rows per hooked block; longer stretches are read in several."""
 
@@ -222,14 +224,16 @@ def _greedy(model: Model, stream: Stream, said: list[int], room: int, guess: Gue
     """Decode on the twin. `said`: the last prompt token and what is emitted; the stream lacks the last of these."""
     tokens, fed = said[1:], said[-1]
     counts: Counter[str] = Counter()
-    undecided = False
+    undecided, trust = False, _TRUST
     while len(tokens) < room and not (tokens and tokens[-1] in model.stop_ids):
-        drafted = [] if undecided else guess(tokens)[: min(room - len(tokens), _reach(stream, room)) - 1]
+        drafted = [] if undecided else guess(tokens)[: min(trust, room - len(tokens) - 1, _reach(stream, room) - 1)]
         start = stream.mark()
         logits = stream.feed(torch.tensor([[fed, *drafted]]), keep=len(drafted) + 1)[0]
         found = _confirmed(model, logits, drafted, counts) if drafted else [_finite_argmax(logits)]
         stream.rewind(start, keep=len(found))
         undecided = not found
+        # a wrong guess costs its rows: guess further only as long as guesses hold
+        trust = 2 * trust if len(found) > len(drafted) else _TRUST
         tokens += found
         fed = tokens[-1] if tokens else said[0]
     return tokens, counts
