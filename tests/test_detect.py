@@ -105,7 +105,9 @@ def test_a_failure_in_another_process_arrives(model, episodes, tmp_path, monkeyp
 def test_a_finished_run_is_read_not_run(model, episodes, tmp_path, monkeypatch):
     first = scan(model, episodes, out=tmp_path / "run", observation=SHORT, progress=False)
     monkeypatch.setattr(detect, "observe_each", lambda *a, **k: pytest.fail("it ran again"))
-    same(first, scan(model, episodes, out=tmp_path / "run", observation=SHORT, progress=False))
+    again = scan(model, episodes, out=tmp_path / "run", observation=SHORT, progress=False)
+    assert again.folder == first.folder
+    same(first, again)
 
 
 def test_bad_folders_and_other_settings(model, episodes, tmp_path):
