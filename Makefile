@@ -28,7 +28,7 @@ lint: .venv/.done
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 tl39: .venv-tl39/.done
-	DHLENS_REQUIRE_MODEL=1 $(BIN39)/python -m pytest tests/test_hooked_transformer.py
+	DHLENS_REQUIRE_MODEL=1 $(BIN39)/python -m pytest tests/test_hooked_transformer.py tests/test_patching.py -k hooked_transformer
 
 clean:
 	rm -rf .venv .venv-tl39 build dist .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@
 `naive`         one eager model, attentions asked for always
 `recompute`     the bridge's `run_with_cache` on the whole sequence at each step, patterns only; 4 timed, scaled
 `grid`          5 depths x 4 needles on one haystack window
+`equal`         what `observe` reads against one uncached eager pass over prompt and answer
 
 Time: one process, methods in turn within each round, so that noise hits all; the median over rounds of the ratio to
 the round's floor, with a bootstrap interval. Memory: a fresh process per method, peak resident size less that of the
@@ -35,6 +36,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import bootstrap
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import dhlens as dh
@@ -284,11 +286,56 @@ def growth_table(bench: Bench, lengths: tuple[int, ...], steps: tuple[int, ...],
     return wide
 
 
+@torch.no_grad()
+def brute_force(eager: Any, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The judge: one uncached eager pass. Logits [row vocab] and attention [row layer head key] of the last `rows`."""
+    kept: list[Tensor] = []
+
+    def cut(module: Any, args: Any, out: Any) -> None:
+        kept.append(out[1][0, :, -rows:].clone())  # a whole layer at 4,000 tokens is half a GiB, all of them 17
+
+    handles = [layer.self_attn.register_forward_hook(cut) for layer in eager.model.layers]
+    try:
+        logits = eager(tokens[None], use_cache=False, logits_to_keep=rows).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, torch.stack(kept).permute(2, 0, 1, 3)
+
+
+def equal_table(bench: Bench, lengths: tuple[int, ...], depths: tuple[float, ...]) -> pd.DataFrame:
+    """Per episode: the largest differences of weights and masses, and the cells whose strongest key is not sure."""
+    grid = {"lengths": lengths, "depths": depths, "n": 1, "repeat": True}
+    rows = []
+    for e in niah.episodes(bench.model.tokenizer, bench.haystack, **grid, seed=bench.seed):
+        trace = dh.observe(bench.model, [e], max_new_tokens=STEPS, progress=False)
+        tokens = torch.cat([e.tokens, trace.outcomes[0].tokens[:-1]])
+        logits, pattern = brute_force(bench.eager, tokens, len(trace))
+        weight, key = pattern.topk(2, dim=-1)
+        margin, differs = weight[..., 0] - weight[..., 1], trace.peak_key[..., 0] != key[..., 0]
+        masses = [pattern[..., s.start : s.stop].sum(-1) - trace.mass[:, trace.span_index(s.name)] for s in e.spans]
+        rows.append(
+            {
+                "length": len(e.tokens),
+                "depth": e.meta["depth"],
+                "steps": len(trace),
+                "argmax equal": bool(torch.equal(logits.argmax(-1), trace.next_token)),
+                "weight difference": float((trace.peak_weight[..., :2] - weight).abs().max()),
+                "mass difference": float(torch.stack(masses).abs().max()),
+                "cells": differs.numel(),
+                "ties (1e-6)": int((margin < 1e-6).sum()),
+                "other key": int(differs.sum()),
+                "largest margin there": float(margin[differs].max()) if bool(differs.any()) else 0.0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     """Run what was asked for; print and save each table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--haystack", help="text file or folder; default: Python's own documentation")
-    parser.add_argument("--only", choices=["time", "grid", "memory", "growth"])
+    parser.add_argument("--only", choices=["time", "grid", "memory", "growth", "equal"])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
@@ -298,12 +345,13 @@ def main() -> None:
         "grid": lambda: grid_table(bench, 2000, min(args.pairs, 3)),
         "memory": lambda: memory_table(bench, 4000),
         "growth": lambda: growth_table(bench, (500, 1000, 2000, 4000, 8000 - STEPS), (8, 16, 64), min(args.pairs, 3)),
+        "equal": lambda: equal_table(bench, (500, 2000, 4000), (0.2, 0.8)),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         if args.only in (None, name):
             table = part()
-            print(f"\n{name}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3f}')}", flush=True)  # noqa: T201
+            print(f"\n{name}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}", flush=True)  # noqa: T201
             table.to_csv(args.out / f"{name}.csv", index=False)
     card = {"model": MODEL, "threads": torch.get_num_threads(), "versions": dh.RunCard(MODEL).versions}
     (args.out / "card.json").write_text(json.dumps(card, indent=2))

@@ -9,20 +9,24 @@ trace = dh.observe(model, episodes)
 print(dh.dynamics(dh.copy_paste(trace)))
 """
 
-from dhlens import reads, recipes, render
+from dhlens import edits, hooks, reads, recipes, render
+from dhlens.agreement import agreement_table, causal_arrays, rank_agreement
 from dhlens.card import RunCard
+from dhlens.causal import causal_table
+from dhlens.controls import sized_policies, standard_policies
 from dhlens.dynamics import Dynamics, dynamics
 from dhlens.edits import hide, mean, patch, resample, uniform, zero
 from dhlens.engine import generate, observe, replay
-from dhlens.episode import Episode, Outcome, Span
+from dhlens.episode import Episode, Outcome, Span, split_episodes
 from dhlens.executor import Processes
 from dhlens.heads import HeadSet
 from dhlens.lanes import Lane, decode
 from dhlens.model import Model, load
-from dhlens.policies import Dynamic, OtherEpisode, OtherStep, Policy, RandomLike, Static, StepView
+from dhlens.patching import Patching, patch_effects
+from dhlens.policies import Dynamic, OtherEpisode, OtherStep, Policy, RandomLike, Static, StaticLike, StepView
 from dhlens.prefix import prefill
 from dhlens.reads import Capture
-from dhlens.scores import Score, copy_paste, reasoning_mass
+from dhlens.scores import Score, copy_paste, copy_rank, reasoning_mass
 from dhlens.shadow import causal_map, effects
 from dhlens.store import load_trace, save_trace
 from dhlens.trace import Trace
@@ -39,6 +43,7 @@ __all__ = [
     "OtherEpisode",
     "OtherStep",
     "Outcome",
+    "Patching",
     "Policy",
     "Processes",
     "RandomLike",
@@ -46,22 +51,31 @@ __all__ = [
     "Score",
     "Span",
     "Static",
+    "StaticLike",
     "StepView",
     "Trace",
+    "agreement_table",
+    "causal_arrays",
     "causal_map",
+    "causal_table",
     "copy_paste",
     "copy_paste_wu",
+    "copy_rank",
     "decode",
     "dynamics",
+    "edits",
     "effects",
     "generate",
     "hide",
+    "hooks",
     "load",
     "load_trace",
     "mean",
     "observe",
     "patch",
+    "patch_effects",
     "prefill",
+    "rank_agreement",
     "read_head_scores",
     "reads",
     "reasoning_mass",
@@ -70,6 +84,9 @@ __all__ = [
     "replay",
     "resample",
     "save_trace",
+    "sized_policies",
+    "split_episodes",
+    "standard_policies",
     "uniform",
     "zero",
 ]

@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from dhlens.episode import Episode
 
 _PACKAGES = ("dhlens", "torch", "transformers", "transformer-lens", "numpy")
 
@@ -48,6 +50,23 @@ class RunCard:
     def with_settings(self, **settings: Any) -> "RunCard":
         """This card with `settings` added or replaced."""
         return dataclasses.replace(self, settings={**self.settings, **settings})
+
+    def with_episodes(self, episodes: Sequence[Episode]) -> "RunCard":
+        """This card with what was asked: counts, the task's settings and a hash of every token and span."""
+        first, content = episodes[0].meta, hashlib.sha256()
+        for e in episodes:
+            spans = [str(span) for span in e.spans]
+            whole = [e.id, e.tokens.tolist(), e.answer.tolist(), spans, dict(e.meta)]
+            content.update(json.dumps(whole, default=str).encode())
+        card = self.with_settings(
+            episodes=len(episodes),
+            episodes_sha256=content.hexdigest(),
+            windows=len({e.group for e in episodes}),
+            lengths=sorted({e.meta.get("length", len(e.tokens)) for e in episodes}),
+            depths=sorted({e.meta["depth"] for e in episodes if "depth" in e.meta}),
+            **{key: first.get(key) for key in ("template", "needle", "sentence", "question")},
+        )
+        return dataclasses.replace(card, seed=first.get("seed"), haystack_sha256=first.get("haystack_sha256"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

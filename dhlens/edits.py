@@ -7,7 +7,7 @@ Each factory returns an `Edit`, a function of heads that returns ordinary Transf
 
 `heads` is one HeadSet, or one per row, so that many experiments share a pass. Which rows an edit acts on (decode rows,
 the prompt too) is for the caller to say: `rows` picks them, rows of a batch one after the other. Edits compose in list
-order. Hooks return new tensors and never write into what they were given.
+order. Hooks return new tensors and never write into what they were given. `on_z` and `on_scores` make your own.
 
 `zero` is the default. `uniform` is what the authors of the static study did (arXiv 2404.15574): attention spread
 evenly, so the head puts out the mean of the values it can see. `mean`, `resample` and `patch` put in what the same
@@ -56,7 +56,7 @@ class Edit(Protocol):
 
 def zero() -> Edit:
     """The head puts out nothing."""
-    return _on_z(lambda z, chosen, layer: z.masked_fill(chosen[..., None], 0))
+    return on_z("zero", lambda z, chosen, layer: z.masked_fill(chosen[..., None], 0))
 
 
 def mean(reference: Trace) -> Edit:
@@ -69,35 +69,44 @@ def mean(reference: Trace) -> Edit:
     if not len(z):
         raise ValueError("a mean needs at least one answer row in the reference, got none")
     means = z.float().mean(0)
-    return _on_z(lambda z, chosen, layer: torch.where(chosen[..., None], means[layer].to(z), z), means.shape[:2])
+
+    def put(z: Tensor, chosen: Tensor, layer: int) -> Tensor:
+        return torch.where(chosen[..., None], means[layer].to(z), z)
+
+    return on_z("mean", put, shape=means.shape[:2])
 
 
 def resample(source: Trace, *, seed: int) -> Edit:
     """The head puts out what it put out at the same step of an episode of `source` drawn anew for every row.
 
+    Steps past the end of every answer in `source` take last rows.
+
     Raises:
-        ValueError: the trace holds no head outputs; at the call: a row's step is in no episode, or `steps` is missing.
+        ValueError: the trace holds no head outputs or no answer row; at the call: `steps` is missing.
     """
     z = _outputs(source)
+    steps_there = _steps_there(source)
     rng = np.random.default_rng(seed)
 
     def rows_of(steps: Sequence[int]) -> list[int]:
-        return [int(rng.choice(_at_step(source, step))) for step in steps]
+        return [int(rng.choice(_at_step(source, min(step, steps_there)))) for step in steps]
 
-    return _from_rows(z, rows_of)
+    return _from_rows("resample", z, rows_of)
 
 
 def patch(source: Trace) -> Edit:
     """The head puts out what it put out at the same step of `source`, the trace of one episode (a counterfactual twin).
 
+    Steps past the end of its answer take its last row.
+
     Raises:
-        ValueError: the trace holds no head outputs or several episodes; at the call: it lacks a row's step, or `steps`
-        is
-            missing.
+        ValueError: the trace holds no head outputs, no answer row or several episodes; at the call: `steps` is missing.
     """
     if len(source.episodes) != 1:
         raise ValueError(f"a patch comes from the trace of one episode, got {len(source.episodes)}")
-    return _from_rows(_outputs(source), lambda steps: [_at_step(source, step)[0] for step in steps])
+    last = _steps_there(source)
+    z = _outputs(source)
+    return _from_rows("patch", z, lambda steps: [_at_step(source, min(step, last))[0] for step in steps])
 
 
 def uniform() -> Edit:
@@ -109,7 +118,7 @@ def uniform() -> Edit:
     def even(scores: Tensor, chosen: Tensor, keys: int | None) -> Tensor:
         return torch.where(chosen[..., None] & _visible(scores), torch.zeros_like(scores), scores)
 
-    return _on_scores(even)
+    return on_scores("uniform", even)
 
 
 def hide(positions: Sequence[int]) -> Edit:
@@ -131,7 +140,68 @@ def hide(positions: Sequence[int]) -> Edit:
             raise ValueError("hide would leave a row without any key to see; keep one, such as the row's own token")
         return scores.masked_fill(chosen[..., None] & gone, float("-inf"))
 
-    return _on_scores(without)
+    return on_scores("hide", without)
+
+
+def on_z(name: str, change: Callable[[Tensor, Tensor, int], Tensor], *, shape: Any = None) -> Edit:
+    """An edit of head outputs, the way to one of your own: `on_z("half", lambda z, chosen, layer: ...)`.
+
+    Args:
+        name: as it stands in tables.
+        change: from z [batch query head d_head], chosen (bool [batch query head]) and the layer to the new z.
+        shape: (layers, heads) of the model it is made for, where it is made for one.
+    """
+
+    def edit(
+        heads: Heads,
+        *,
+        rows: Sequence[int] | None = None,
+        steps: Sequence[int] | None = None,
+        keys: int | None = None,
+    ) -> list[Hook]:
+        chosen = _Chosen.of(heads, rows, steps, shape)
+
+        def at(layer: int) -> Hook:
+            def fn(z: Float[Tensor, "batch query head d_head"], hook: Any) -> Tensor:
+                return change(z, chosen.rows(layer, z, batch=z.shape[0], query=z.shape[1]), layer)
+
+            return sites.z(layer), fn
+
+        return [at(layer) for layer in chosen.layers()]
+
+    edit.__name__ = name
+    return edit
+
+
+def on_scores(name: str, change: Callable[[Tensor, Tensor, int | None], Tensor]) -> Edit:
+    """An edit of attention scores before the softmax, as `on_z`.
+
+    Args:
+        name: as it stands in tables.
+        change: from masked scores [batch head query key], chosen (bool [batch head query]) and `keys` (see `Edit`) to
+            new scores. A key that cannot be seen has a score near the dtype's least or -inf.
+    """
+
+    def edit(
+        heads: Heads,
+        *,
+        rows: Sequence[int] | None = None,
+        steps: Sequence[int] | None = None,
+        keys: int | None = None,
+    ) -> list[Hook]:
+        chosen = _Chosen.of(heads, rows, steps, None)
+
+        def at(layer: int) -> Hook:
+            def fn(scores: Float[Tensor, "batch head query key"], hook: Any) -> Tensor:
+                named = chosen.rows(layer, scores, batch=scores.shape[0], query=scores.shape[2])
+                return change(scores, named.transpose(1, 2), keys)
+
+            return sites.scores(layer), fn
+
+        return [at(layer) for layer in chosen.layers()]
+
+    edit.__name__ = name
+    return edit
 
 
 def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
@@ -142,6 +212,12 @@ def _outputs(trace: Trace) -> Float[Tensor, "n layer head d_head"]:
     if trace.z is None:
         raise ValueError("the trace holds no head outputs: observe it with Capture(z=True)")
     return trace.z
+
+
+def _steps_there(trace: Trace) -> int:
+    if not bool((trace.step >= 0).any()):
+        raise ValueError("head outputs are taken from generation steps, and the source trace has none")
+    return int(trace.step.max())
 
 
 def _at_step(trace: Trace, step: int) -> list[int]:
@@ -184,28 +260,9 @@ class _Chosen:
         return out.reshape(batch, query, -1).to(like.device)
 
 
-def _on_z(change: Callable[[Tensor, Tensor, int], Tensor], shape: Any = None) -> Edit:
-    def edit(
-        heads: Heads,
-        *,
-        rows: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-        keys: int | None = None,
-    ) -> list[Hook]:
-        chosen = _Chosen.of(heads, rows, steps, shape)
-
-        def at(layer: int) -> Hook:
-            def fn(z: Float[Tensor, "batch query head d_head"], hook: Any) -> Tensor:
-                return change(z, chosen.rows(layer, z, batch=z.shape[0], query=z.shape[1]), layer)
-
-            return sites.z(layer), fn
-
-        return [at(layer) for layer in chosen.layers()]
-
-    return edit
-
-
-def _from_rows(z: Float[Tensor, "n layer head d_head"], rows_of: Callable[[Sequence[int]], list[int]]) -> Edit:
+def _from_rows(
+    name: str, z: Float[Tensor, "n layer head d_head"], rows_of: Callable[[Sequence[int]], list[int]]
+) -> Edit:
     """Each row takes the outputs of one row of a trace, which `rows_of` finds for its step."""
 
     def edit(
@@ -224,28 +281,7 @@ def _from_rows(z: Float[Tensor, "n layer head d_head"], rows_of: Callable[[Seque
             there[slice(None) if rows is None else list(rows)] = source[:, layer].to(there)
             return torch.where(chosen[..., None], there.reshape(now.shape), now)
 
-        return _on_z(change, z.shape[1:3])(heads, rows=rows, steps=steps, keys=keys)
+        return on_z(name, change, shape=z.shape[1:3])(heads, rows=rows, steps=steps, keys=keys)
 
-    return edit
-
-
-def _on_scores(change: Callable[[Tensor, Tensor, int | None], Tensor]) -> Edit:
-    def edit(
-        heads: Heads,
-        *,
-        rows: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-        keys: int | None = None,
-    ) -> list[Hook]:
-        chosen = _Chosen.of(heads, rows, steps, None)
-
-        def at(layer: int) -> Hook:
-            def fn(scores: Float[Tensor, "batch head query key"], hook: Any) -> Tensor:
-                named = chosen.rows(layer, scores, batch=scores.shape[0], query=scores.shape[2])
-                return change(scores, named.transpose(1, 2), keys)
-
-            return sites.scores(layer), fn
-
-        return [at(layer) for layer in chosen.layers()]
-
+    edit.__name__ = name
     return edit

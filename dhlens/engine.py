@@ -55,8 +55,7 @@ def observe(
         episodes: prompts; see `dhlens.tasks`.
         max_new_tokens: most answer tokens, the stop token included.
         draft: True confirms the known answer in one block, "lookup" drafts from the prompt, False decodes singly. The
-            result
-            is the same up to ties.
+            result is the same up to ties.
         rows: observe the prompt rows of the span with this name instead of an answer; nothing is generated.
         capture: what to keep of every row.
         share: compute shared beginnings once.
@@ -103,7 +102,7 @@ def observe_each(
     def each() -> Iterator[tuple[int, Trace]]:
         for i, stream in prefill(model, episodes, upto=upto, share=share, only=only):
             if rows is None:
-                yield i, _observe_answer(model, stream, episodes[i], guesses[i], max_new_tokens, capture, card)
+                yield i, observe_on(model, stream, episodes[i], guesses[i], max_new_tokens, capture=capture, card=card)
             else:
                 yield i, _observe_prompt(model, stream, episodes[i], rows, capture, card)
 
@@ -177,9 +176,10 @@ def warn_mismatch(card: RunCard) -> None:
         warnings.warn(f"the hooked model disagrees with the emitted token in {wrong} of {n} rows", stacklevel=3)
 
 
-def _observe_answer(
-    model: Model, stream: Stream, episode: Episode, guess: Guess, room: int, capture: Capture, card: RunCard
+def observe_on(
+    model: Model, stream: Stream, episode: Episode, guess: Guess, room: int, *, capture: Capture, card: RunCard
 ) -> Trace:
+    """`observe` one episode of at most `room` tokens on its prefilled stream. Arguments are not checked again."""
     last = int(episode.tokens[-1])
     tokens: list[int] = []
     blocks: list[Block] = []

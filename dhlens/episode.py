@@ -5,10 +5,11 @@ Positions are token positions in the prompt, half-open, counted from 0.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -124,3 +125,29 @@ class Outcome:
     """`Episode.judge(text)`; None where nothing was said."""
     stopped: Literal["stop_token", "max_new_tokens", "given"]
     """Why generation ended; "given" where tokens without a stop token were handed in to be replayed."""
+
+
+def split_groups(groups: Iterable[str], fraction: float, *, seed: int) -> set[str]:
+    """`fraction` of the groups, drawn; at least one and not all of them.
+
+    Raises:
+        ValueError: `fraction` is not within 0..1, or there are not two groups to part.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+    names = sorted(set(groups))
+    if len(names) < 2:
+        raise ValueError(f"a split by group needs at least 2 groups (haystack windows), got {len(names)}")
+    order = np.random.default_rng(seed).permutation(len(names))
+    n_first = min(max(round(fraction * len(names)), 1), len(names) - 1)
+    return {names[i] for i in order[:n_first]}
+
+
+def split_episodes(episodes: Sequence[Episode], fraction: float, *, seed: int) -> tuple[list[Episode], list[Episode]]:
+    """Two lists with disjoint groups; the first gets `fraction` of the groups. The split of `Trace.split`.
+
+    Raises:
+        ValueError: see `split_groups`.
+    """
+    first = split_groups((e.group for e in episodes), fraction, seed=seed)
+    return [e for e in episodes if e.group in first], [e for e in episodes if e.group not in first]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Head = tuple[int, int]
@@ -155,10 +155,3 @@ class HeadSet:
 
     def __str__(self) -> str:
         return "{" + ", ".join(head_name(h) for h in self) + "}"
-
-
-def jaccard_rows(a: Shaped[Tensor, "*n head"], b: Shaped[Tensor, "*n head"], empty: float) -> Float[Tensor, "*n"]:
-    """Row-wise Jaccard of boolean head masks; `empty` is the value where both rows are empty."""
-    both = (a & b).sum(-1).double()
-    union = (a | b).sum(-1).double()
-    return torch.where(union > 0, both / union.clamp(min=1), torch.full_like(both, empty))

@@ -29,6 +29,26 @@ def z(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
+def q(layer: int) -> str:
+    """Queries as projected, before any norm or rotation, [batch, query, query head, d_head]."""
+    return f"blocks.{layer}.attn.hook_q"
+
+
+def k(layer: int) -> str:
+    """Keys of this pass as projected, before any norm or rotation, [batch, query, key/value head, d_head]."""
+    return f"blocks.{layer}.attn.hook_k"
+
+
+def v(layer: int) -> str:
+    """Values of this pass, [batch, query, key/value head, d_head]."""
+    return f"blocks.{layer}.attn.hook_v"
+
+
+def resid_pre(layer: int) -> str:
+    """Residual stream before the layer, [batch, query, d_model]."""
+    return f"blocks.{layer}.hook_resid_pre"
+
+
 def resid(layer: int) -> str:
     """Residual stream after the layer, [batch, query, d_model]."""
     return f"blocks.{layer}.hook_resid_post"

@@ -17,7 +17,7 @@ Cost: one hooked pass of one row per lane and step, two where any lane reads, th
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +69,7 @@ def decode(
     commit: str = "edited",
     prompt: bool = False,
     max_new_tokens: int = 48,
+    batch: int = 16,
     capture: Capture = Capture(),
     progress: bool = True,
 ) -> dict[str, Trace]:
@@ -81,6 +82,7 @@ def decode(
         commit: whose keys and values stay, see above.
         prompt: edit the prompt's rows too.
         max_new_tokens: most answer tokens.
+        batch: most lanes that run at once; each holds a copy of the prompt's keys and values.
         capture: what to keep of every row.
         progress: show a bar.
 
@@ -93,27 +95,79 @@ def decode(
 
     Source: arXiv 2602.11162, section 4 (two passes per step). It does not say whose keys and values stay.
     """
-    chosen = {name: lane if isinstance(lane, Lane) else Lane(lane) for name, lane in lanes.items()}
-    _check(chosen, commit, prompt)
+    chosen = checked_lanes(lanes, model.shape, commit=commit, prompt=prompt, batch=batch)
     at_least_one(max_new_tokens)
     check_episodes(model, episodes, max_new_tokens=max_new_tokens)
     card = observation_card(model, capture=capture, max_new_tokens=max_new_tokens, commit=commit, edit_prompt=prompt)
     found: dict[str, dict[int, Trace]] = {name: {} for name in chosen}
-    bar = tqdm(total=len(episodes), desc="decode", unit="episode", disable=not progress)
-    for i, streams in _prompts(model, episodes, chosen, prompt):
-        for stream, names in streams:
-            runs = [_Run(name, chosen[name].policy, chosen[name].edit or zero()) for name in names]
-            _decode_lanes(model, stream, episodes[i], runs, card, commit, max_new_tokens, capture)
-            for run in runs:
-                found[run.name][i] = _trace(model, episodes[i], run, card)
-        bar.update()
-    bar.close()
+    streams = enumerate([None] * len(episodes)) if prompt else prefill(model, episodes)
+    for i, stream in tqdm(streams, total=len(episodes), desc="decode", unit="episode", disable=not progress):
+        done = decode_on(
+            model,
+            stream,
+            episodes[i],
+            chosen,
+            commit=commit,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            capture=capture,
+            card=card,
+        )
+        for name, trace in done.items():
+            found[name][i] = trace
     return {name: Trace.cat([by[i] for i in range(len(episodes))]) for name, by in found.items()}
 
 
-def _check(lanes: Mapping[str, Lane], commit: str, prompt: bool) -> None:
-    if not lanes:
-        raise ValueError("decode needs at least one lane, got none")
+def decode_on(
+    model: Model,
+    stream: Stream | None,
+    episode: Episode,
+    lanes: Mapping[str, Lane],
+    *,
+    commit: str,
+    max_new_tokens: int,
+    batch: int = 16,
+    capture: Capture = Capture(),
+    card: RunCard,
+) -> dict[str, Trace]:
+    """`decode` one episode on its prefilled stream, which is left as it was. Arguments are not checked again.
+
+    Without a stream each lane's prompt is fed here, under the lane's edit.
+    """
+    found: dict[str, Trace] = {}
+    size = batch if stream is not None else 1
+    for names in (list(lanes)[at : at + size] for at in range(0, len(lanes), size)):
+        branch = _edited_prompt(model, episode, lanes[names[0]]) if stream is None else stream.fork(len(names))
+        runs = [_Run(name, lanes[name].policy, lanes[name].edit or zero()) for name in names]
+        _decode_lanes(model, branch, episode, runs, card, commit, max_new_tokens, capture)
+        found |= {run.name: _trace(model, episode, run, card) for run in runs}
+    return found
+
+
+def checked_lanes(
+    lanes: Mapping[str, Lane | Policy | None],
+    shape: tuple[int, int],
+    *,
+    commit: str,
+    prompt: bool = False,
+    batch: int = 16,
+) -> dict[str, Lane]:
+    """The lanes as `Lane`s, fit for a model of this shape.
+
+    Raises:
+        ValueError, TypeError: see `decode`.
+    """
+    chosen = {name: lane if isinstance(lane, Lane) else Lane(lane) for name, lane in lanes.items()}
+    _check(chosen, commit, prompt, batch)
+    for lane in chosen.values():
+        if lane.policy is not None:
+            lane.policy.check(shape)
+    return chosen
+
+
+def _check(lanes: Mapping[str, Lane], commit: str, prompt: bool, batch: int) -> None:
+    if not lanes or batch < 1:
+        raise ValueError(f"decode needs at least one lane and one at once, got {len(lanes)} and {batch}")
     if commit not in ("edited", "clean"):
         raise ValueError(f"commit must be 'edited' or 'clean', got {commit!r}")
     for name, lane in lanes.items():
@@ -123,18 +177,6 @@ def _check(lanes: Mapping[str, Lane], commit: str, prompt: bool) -> None:
             )
         if prompt and lane.policy is not None and (lane.policy.needs_read or lane.policy.needs_past):
             raise ValueError(f"prompt=True edits rows before any step is read: lane {name!r} must not need a read")
-
-
-def _prompts(
-    model: Model, episodes: Sequence[Episode], lanes: Mapping[str, Lane], prompt: bool
-) -> Iterator[tuple[int, list[tuple[Stream, list[str]]]]]:
-    """Per episode its prefilled streams and the names of the lanes in each batch."""
-    if not prompt:
-        for i, stream in prefill(model, episodes):
-            yield i, [(stream.fork(len(lanes)), list(lanes))]
-        return
-    for i, e in enumerate(episodes):
-        yield i, [(_edited_prompt(model, e, lane), [name]) for name, lane in lanes.items()]
 
 
 def _edited_prompt(model: Model, episode: Episode, lane: Lane) -> Stream:

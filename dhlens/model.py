@@ -10,6 +10,8 @@ a few tokens that the hooks mean what they say on this architecture.
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
 
 from dhlens import hooks as sites
 from dhlens.card import RunCard
@@ -151,12 +154,25 @@ def _device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for the second that weights on disk take; downloads keep theirs."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _from_files(
     source: Source, dtype: torch.dtype, device: torch.device, revision: str | None, tokenizer: Any
 ) -> Model:
     where = str(source.folder or source.hub_id)
     hub = {"revision": revision} if source.folder is None else {}
-    hf: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **hub)
+    with _quiet() if source.folder else nullcontext():
+        hf: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **hub)
     hf = hf.to(device).eval()
     card = dataclasses.replace(
         _card(source.name, hf),

@@ -5,17 +5,19 @@ A policy looks at the clean read of one step and at the steps before it, and nam
 
     loudest = dh.Policy(lambda now, past: dh.HeadSet.top_k(now.mass[0].double(), 5), name="loudest")
 
-`Dynamic` chooses on the outcome: what it names has just copied the token that was to come. Judge it beside `RandomLike`
-(of equal size at every step, so that the number of heads is no excuse), `OtherStep` and `OtherEpisode` (heads that are
-dynamic elsewhere).
+`Dynamic` chooses on the outcome: what it names has just copied the token that was to come. Judge it beside `StaticLike`
+and `RandomLike` (of equal size at every step, so that the number of heads is no excuse), `OtherStep` and `OtherEpisode`
+(heads that are dynamic elsewhere).
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
@@ -60,6 +62,7 @@ class StepView:
 Choose = Callable[[StepView, Trace | None], HeadSet]
 """From this step and the clean reads of the steps before it (None where there are none) to heads."""
 Scoring = Callable[[Trace], Score]
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Policy:
     """Whether it looks at the steps before; False spares putting them together."""
     name: str = "own"
     """As it stands in tables."""
+    check: Callable[[Shape], None] = lambda shape: None
+    """Refuses a model's (layers, heads), by ValueError, before any pass."""
 
     def __call__(self, now: StepView, past: Trace | None) -> HeadSet:
         """The heads of this step.
@@ -102,12 +107,7 @@ class Policy:
         def choose(now: StepView, past: Trace | None) -> HeadSet:
             return join(self(now, past), other(now, past))
 
-        return Policy(
-            choose,
-            needs_read=self.needs_read or other.needs_read,
-            needs_past=self.needs_past or other.needs_past,
-            name=f"({self.name} {sign} {other.name})",
-        )
+        return _like((self, other), choose, f"({self.name} {sign} {other.name})")
 
 
 def Dynamic(  # noqa: N802 - policies are nouns
@@ -122,7 +122,7 @@ def Dynamic(  # noqa: N802 - policies are nouns
         top_k: instead, the k heads of highest score.
 
     Raises:
-        ValueError: at the step: k is more than the model has heads, or the trace lacks the span.
+        ValueError: before any pass: k is more than the model has heads; at the step: the trace lacks the span.
 
     Source: arXiv 2602.11162, section 4 (its masking in two passes).
     """
@@ -133,12 +133,32 @@ def Dynamic(  # noqa: N802 - policies are nouns
         values = scoring(now.read).values[0]
         return HeadSet.from_mask(values > threshold) if top_k is None else HeadSet.top_k(values, top_k)
 
-    return Policy(choose, needs_past=False, name="dynamic" if top_k is None else f"dynamic top {top_k}")
+    def check(shape: Shape) -> None:
+        if top_k is not None and not 0 <= top_k <= shape[0] * shape[1]:
+            raise ValueError(f"top_k must lie within 0..{shape[0] * shape[1]} (the model's heads), got {top_k}")
+
+    name = "dynamic" if top_k is None else f"dynamic top {top_k}"
+    return Policy(choose, needs_past=False, name=name, check=check)
 
 
 def Static(heads: HeadSet) -> Policy:  # noqa: N802
     """The same heads at every step."""
-    return Policy(lambda now, past: heads, needs_read=False, needs_past=False, name="static")
+    check = _of_shape("heads", heads.shape)
+    return Policy(lambda now, past: heads, needs_read=False, needs_past=False, name="static", check=check)
+
+
+def StaticLike(policy: Policy, ranking: Float[Tensor, "layer head"]) -> Policy:  # noqa: N802
+    """At every step the heads of highest `ranking`, as many as `policy` names there: the size-matched static control.
+
+    Raises:
+        ValueError: before any pass: the ranking is of another model shape.
+    """
+
+    def choose(now: StepView, past: Trace | None) -> HeadSet:
+        return HeadSet.top_k(ranking, len(policy(now, past)))
+
+    of_ranking = _of_shape("the static ranking", tuple(ranking.shape))
+    return _like((policy,), choose, f"static like {policy.name}", of_ranking)
 
 
 def RandomLike(  # noqa: N802
@@ -170,8 +190,8 @@ def RandomLike(  # noqa: N802
         order = np.random.default_rng(_seed(now, seed, 0)).permutation(len(pool))
         return HeadSet([pool[i] for i in order[: len(like)]], now.shape)
 
-    name = f"random like {policy.name}"
-    return Policy(choose, needs_read=policy.needs_read, needs_past=policy.needs_past, name=name)
+    of_excluded = [] if exclude is None else [_of_shape("excluded heads", exclude.shape)]
+    return _like((policy,), choose, f"random like {policy.name}", *of_excluded)
 
 
 def OtherStep(span: str = "needle", *, seed: int, score: Scoring | None = None) -> Policy:  # noqa: N802
@@ -191,19 +211,60 @@ def OtherStep(span: str = "needle", *, seed: int, score: Scoring | None = None) 
 def OtherEpisode(source: Trace, span: str = "needle", *, seed: int, score: Scoring | None = None) -> Policy:  # noqa: N802
     """Heads that are active at the same step in another haystack window's episode of `source`, drawn per step.
 
+    Past the end of every answer there, those of a last step.
+
     Raises:
-        ValueError: at the step: no other window has a row there.
+        ValueError: at the step: `source` has no generation step of another window.
     """
     active = (score or (lambda trace: copy_paste(trace, span)))(source).heads()
-    groups = source.groups
+    groups, steps = source.groups, source.step.numpy()
 
     def choose(now: StepView, past: Trace | None) -> HeadSet:
-        rows = np.flatnonzero((source.step.numpy() == now.step) & (groups != now.episode.group)).tolist()
-        if not rows:
-            raise ValueError(f"no episode of another haystack window has a step {now.step} in the source trace")
+        others = (groups != now.episode.group) & (steps >= 0)
+        if not others.any():
+            raise ValueError(f"the source trace has no episode of another haystack window than {now.episode.group!r}")
+        rows = np.flatnonzero(others & (steps == min(now.step, steps[others].max()))).tolist()
         return HeadSet.from_mask(active[_draw(rows, now, seed)])
 
-    return Policy(choose, needs_read=False, needs_past=False, name="other episode")
+    of_source = _of_shape("the source trace", source.shape)
+    return Policy(choose, needs_read=False, needs_past=False, name="other episode", check=of_source)
+
+
+def _of_shape(what: str, mine: tuple[int, ...]) -> Callable[[Shape], None]:
+    def check(shape: Shape) -> None:
+        if mine != shape:
+            raise ValueError(f"{what} must be of the model's shape {shape} (layers, heads), got {mine}")
+
+    return check
+
+
+def _like(policies: Sequence[Policy], choose: Choose, name: str, *checks: Callable[[Shape], None]) -> Policy:
+    """A policy that calls others and needs what they need."""
+
+    def check(shape: Shape) -> None:
+        for one in (*(p.check for p in policies), *checks):
+            one(shape)
+
+    reads, past = any(p.needs_read for p in policies), any(p.needs_past for p in policies)
+    return Policy(choose, needs_read=reads, needs_past=past, name=name, check=check)
+
+
+def along(policy: Policy | None, trace: Trace) -> list[HeadSet]:
+    """The heads that `policy` names at each row of the clean trace of one episode's answer; None names none.
+
+    Raises:
+        ValueError: the trace holds several episodes, or rows that are no generation steps in order.
+    """
+    if len(trace.episodes) != 1 or trace.step.tolist() != list(range(len(trace))):
+        raise ValueError("a policy goes along the whole answer of one episode: trace.pick([i]) without prompt rows")
+    if policy is None:
+        return [HeadSet([], trace.shape)] * len(trace)
+    found: list[HeadSet] = []
+    for i in range(len(trace)):
+        read = trace.select(trace.step == i) if policy.needs_read else None
+        past = trace.select(trace.step < i) if i and policy.needs_past else None
+        found.append(policy(StepView(trace.episodes[0], i, int(trace.fed[i]), trace.shape, read), past))
+    return found
 
 
 def _seed(now: StepView, seed: int, step: int) -> int:

@@ -14,6 +14,8 @@ from dhlens.episode import Episode
 from dhlens.model import Model
 from dhlens.stream import Stream
 
+BEHIND = 512
+"""Tokens per block behind a shared prefix."""
 SHORTEST_SHARE = 64
 """Tokens that a shared run must have to be worth a pass of its own."""
 
@@ -45,7 +47,7 @@ def prefill(
         yield from _grow(model, model.stream(), list(range(len(rows))), rows, wanted)
         return
     for i in sorted(wanted):
-        yield i, _fed(model.stream(), rows[i])
+        yield i, _fed(model, model.stream(), rows[i])
 
 
 def straddles(breaks: Sequence[int], shorter: int, longer: int) -> bool:
@@ -63,11 +65,11 @@ def _grow(
             continue
         cut = _common(family, rows)
         if len(family) > 1 and not straddles(model.rope_breaks, cut, max(len(rows[i]) for i in family) + 1):
-            yield from _grow(model, _fed(stream.fork(), rows[family[0]][done:cut]), family, rows, wanted)
+            yield from _grow(model, _fed(model, stream.fork(), rows[family[0]][done:cut]), family, rows, wanted)
             continue
         for i in family:
             if i in wanted:
-                yield i, _fed(stream.fork(), rows[i][done:])
+                yield i, _fed(model, stream.fork(), rows[i][done:])
 
 
 def _families(members: list[int], rows: list[Tensor], done: int) -> list[list[int]]:
@@ -85,7 +87,10 @@ def _common(family: list[int], rows: list[Tensor]) -> int:
     return shortest if bool(same.all()) else int((~same).nonzero()[0])
 
 
-def _fed(stream: Stream, tokens: Tensor) -> Stream:
-    if len(tokens):
-        stream.feed(tokens[None])
+def _fed(model: Model, stream: Stream, tokens: Tensor) -> Stream:
+    # rows behind a prefix come with a mask, and attention computes what it hides: shorter blocks have less to hide
+    size = max(len(tokens), 1) if model.rope_breaks or not stream.length else BEHIND
+    for part in tokens.split(size):
+        if len(part):
+            stream.feed(part[None])
     return stream

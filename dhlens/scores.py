@@ -153,6 +153,22 @@ def copy_paste(
     return Score(name, values, not soft, f"{name}, span {span!r}", trace, span=span, labels=labels)
 
 
+def copy_rank(trace: Trace, span: str = "needle") -> Score:
+    """The order in which a step's heads are taken away, for k of them whatever their number.
+
+    Active heads (Eq. 1) first, by the weight of their strongest key (values 1..2); then the others, by their attention
+    on the span's tokens that equal the next one (0..1). Needs the span among `Capture(focus=...)`.
+
+    Raises:
+        ValueError: see `copy_paste`.
+
+    Source: our choice; arXiv 2602.11162, figure 3, takes k heads away at steps that have fewer and does not say which.
+    """
+    active = copy_paste(trace, span).heads()
+    values = torch.where(active, 1 + trace.peak_weight[..., 0].float(), copy_paste(trace, span, soft=True).values)
+    return Score("copy_rank", values, False, f"copy_rank, span {span!r}", trace, span=span)
+
+
 def peak_inside(trace: Trace, span: str) -> Bool[Tensor, "n layer head"]:
     """Whether a head's strongest key lies in `span`, whatever its token; false on rows of the prompt.
 

@@ -1,9 +1,8 @@
 """What taking heads away does to the very next token: any head sets at any steps of an answer, many in one pass.
 
     e = dh.effects(model, episode, answer, [(3, tail), (3, static), (7, tail)])
-    e.table                                              # one row per set: logit, prob, kept, kl beside the clean
-    values dh.causal_map(model, episode, answer).kl             # every single head at every step, exact: [step, layer,
-    head]
+    e.table                                         # a row per set: logit, prob, kept, kl, and the clean values
+    dh.causal_map(model, episode, answer).kl        # every single head at every step, exact: [step, layer, head]
 
 The prompt and the answer stay clean; a set acts on one step alone, whose query row is the one that predicts the answer
 token of that step. Behind the clean rows of the answer each experiment gets a *shadow row* (`dhlens.masks`): the same
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from dhlens.edits import Edit, zero
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
+from dhlens.hooks import Hook
 from dhlens.limits import check_episodes
 from dhlens.masks import shadow_masks, shadow_positions
 from dhlens.model import Model
@@ -102,22 +102,38 @@ def effects(
         ValueError: see `limits.check_episodes`; no experiment, a step outside the answer, heads of another shape.
     """
     _check(model, episode, answer, sets, rows)
+    _, stream = next(prefill(model, [episode]))
+    with tqdm(total=len(sets), desc="effects", unit="set", disable=not progress) as bar:
+        return effects_on(model, stream, episode, answer, sets, edit=edit, rows=rows, bar=bar)
+
+
+def effects_on(
+    model: Model,
+    stream: Stream,
+    episode: Episode,
+    answer: Int[Tensor, " step"],
+    sets: Sequence[AtStep],
+    *,
+    edit: Edit | None = None,
+    rows: int = 256,
+    bar: tqdm | None = None,
+) -> Effects:
+    """`effects` on a prefilled stream, which is left as it was. Arguments are not checked again."""
     edit = edit or zero()
     order = sorted(range(len(sets)), key=lambda i: sets[i][0])
-    _, stream = next(prefill(model, [episode]))
     start = stream.mark()
     fed = torch.cat([episode.tokens[-1:], answer[:-1]])
     clean = stream.feed(fed[None], hooks=(), keep=len(fed))[0].float().cpu()
     stream.rewind(start)
     one_pass = "shadow_rows" not in model.limits
     parts: list[tuple[Tensor, ...]] = []
-    with tqdm(total=len(sets), desc="effects", unit="set", disable=not progress) as bar:
-        for begin in range(0, len(sets), rows):
-            part = [sets[i] for i in order[begin : begin + rows]]
-            edited = (_shadow if one_pass else _one_by_one)(model, stream, fed, part, edit)
-            stream.rewind(start)
-            steps = torch.tensor([s for s, _ in part])
-            parts.append(_compare(edited.float().cpu(), clean[steps], answer[steps]))
+    for begin in range(0, len(sets), rows):
+        part = [sets[i] for i in order[begin : begin + rows]]
+        edited = (_shadow if one_pass else _one_by_one)(model, stream, fed, part, edit)
+        stream.rewind(start)
+        steps = torch.tensor([s for s, _ in part])
+        parts.append(_compare(edited.float().cpu(), clean[steps], answer[steps]))
+        if bar is not None:
             bar.update(len(part))
     back = torch.argsort(torch.tensor(order))
     logit, logit_clean, logprob, logprob_clean, kept, kl = (torch.cat(p)[back] for p in zip(*parts, strict=True))
@@ -165,18 +181,29 @@ def _check(model: Model, episode: Episode, answer: Tensor, sets: Sequence[AtStep
             raise ValueError(f"heads must be of the model's shape {model.shape}, got {heads.shape}")
 
 
+def feed_shadows(
+    model: Model, stream: Stream, fed: Int[Tensor, " row"], sources: Sequence[int], hooks: Sequence[Hook]
+) -> Float[Tensor, "n vocab"]:
+    """Logits of shadow rows of the rows `sources` of `fed`.
+
+    In the pass they stand behind the plain rows 0..max(sources): the first of them is row max(sources) + 1.
+    """
+    n_clean = max(sources) + 1
+    return stream.feed(
+        torch.cat([fed[:n_clean], fed[list(sources)]])[None],
+        hooks=hooks,
+        keep=len(sources),
+        positions=shadow_positions(stream.length, n_clean, sources),
+        mask=shadow_masks(stream.length, n_clean, sources, windows=model.windows, dtype=model.dtype),
+    )[0]
+
+
 def _shadow(model: Model, stream: Stream, fed: Tensor, part: Sequence[AtStep], edit: Edit) -> Float[Tensor, "n vocab"]:
     steps, heads = [s for s, _ in part], [h for _, h in part]
-    n_clean = max(steps) + 1
-    tokens = torch.cat([fed[:n_clean], fed[steps]])
-    at = list(range(n_clean, len(tokens)))
-    return stream.feed(
-        tokens[None],
-        hooks=edit(heads, rows=at, steps=steps, keys=stream.length + len(tokens)),
-        keep=len(part),
-        positions=shadow_positions(stream.length, n_clean, steps),
-        mask=shadow_masks(stream.length, n_clean, steps, windows=model.windows, dtype=model.dtype),
-    )[0]
+    first = max(steps) + 1
+    rows = range(first, first + len(part))
+    hooks = edit(heads, rows=rows, steps=steps, keys=stream.length + rows.stop)
+    return feed_shadows(model, stream, fed, steps, hooks)
 
 
 def _one_by_one(

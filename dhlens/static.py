@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dhlens.episode import split_groups
 from dhlens.raster import Raster
 from dhlens.scores import Score
 
@@ -37,16 +38,13 @@ def rank_heads(
 
 
 def _fit_rows(group: np.ndarray, fraction: float, seed: int) -> Bool[np.ndarray, " n"]:
-    names = np.unique(group)
-    if not 0 < fraction < 1:
-        raise ValueError(f"static_from must be a share of the groups within 0..1, or a score per head, got {fraction}")
-    if len(names) < 2:
+    try:
+        first = split_groups(group, fraction, seed=seed)
+    except ValueError as error:
         raise ValueError(
-            f"static_from={fraction} fits on some groups and measures the others, but the steps come from {len(names)} "
-            "group: add haystack windows, or pass a ranking (a score per head)"
-        )
-    n_fit = min(max(round(fraction * len(names)), 1), len(names) - 1)
-    return np.isin(group, np.random.default_rng(seed).permutation(names)[:n_fit])
+            f"static_from={fraction} fits on some groups and measures the others, or is a score per head: {error}"
+        ) from None
+    return np.isin(group, sorted(first))
 
 
 def static_steps(

@@ -4,7 +4,7 @@
 a killed run goes on where it stopped and ends with the same Trace.
 
     card.json                          where the numbers come from; only the same settings resume a run
-    shards/<episode id>.safetensors    the Trace of one episode
+    shards/<episode id>.safetensors    the Trace of one episode, or .parquet: a table of one episode
     finished.json                      written last: names of the tables and texts that `Run.finish` made
 
 Files appear whole or not at all, results are never overwritten, and nothing is ever unpickled. Opening a run reads the
@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from pyarrow import ArrowException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -92,8 +93,15 @@ def save_table(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def load_table(path: str | Path) -> pd.DataFrame:
-    """Read a parquet table."""
-    return pd.read_parquet(path)
+    """Read a parquet table.
+
+    Raises:
+        ValueError: no such file, or it is damaged, cut short or something else.
+    """
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ArrowException) as error:
+        raise ValueError(f"{path} is no whole parquet table: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +163,7 @@ class Run:
 
     def done(self, episode_id: str) -> bool:
         """Whether the episode's shard is there."""
-        return self._shard(episode_id).exists()
+        return self._shard(episode_id).exists() or self._part(episode_id).exists()
 
     def save_shard(self, trace: Trace) -> None:
         """Write the Trace of one episode.
@@ -176,6 +184,25 @@ class Run:
             ValueError: a shard is missing or damaged.
         """
         return Trace.cat([load_trace(self._shard(i)) for i in ids])
+
+    def save_part(self, episode_id: str, table: pd.DataFrame) -> None:
+        """Write the table of one episode.
+
+        Raises:
+            ValueError: the episode is done.
+            OSError: it could not be written.
+        """
+        if self.done(episode_id):
+            raise ValueError(f"episode {episode_id!r} is done in {self.folder}, and results are never overwritten")
+        save_table(table, self._part(episode_id))
+
+    def load_part(self, episode_id: str) -> pd.DataFrame:
+        """What `save_part` wrote.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        return load_table(self._part(episode_id))
 
     def finish(
         self,
@@ -223,11 +250,20 @@ class Run:
     def _shard(self, episode_id: str) -> Path:
         return self.folder / "shards" / f"{episode_id}.safetensors"
 
+    def _part(self, episode_id: str) -> Path:
+        return self.folder / "shards" / f"{episode_id}.parquet"
+
     def _write(self, name: str, text: str) -> None:
         with replacing(self.folder / name) as fresh:
             fresh.write_text(text, encoding="utf-8")
 
     def _check_shards(self) -> None:
+        advice = "delete the file and run again: its episode is done anew, all others are kept"
+        for path in sorted((self.folder / "shards").glob("*.parquet")):
+            try:
+                load_table(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; {advice}") from error
         for path in sorted((self.folder / "shards").glob("*.safetensors")):
             try:
                 with _reading(path) as (values, _):
@@ -236,7 +272,6 @@ class Run:
                     if ids != [path.stem]:
                         raise ValueError(f"it must hold the episode {path.stem}, got {ids}")
             except ValueError as error:
-                advice = "delete the file and run again: its episode is done anew, all others are kept"
                 raise ValueError(f"{error}; {advice}") from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dhlens.card import RunCard
-from dhlens.episode import Episode, Outcome
+from dhlens.episode import Episode, Outcome, split_groups
 
 _PER_ROW = {"per_row": True}
 
@@ -146,14 +146,7 @@ class Trace:
         Raises:
             ValueError: `fraction` is not within 0..1, or there are not two groups to part.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-        names = sorted({e.group for e in self.episodes})
-        if len(names) < 2:
-            raise ValueError(f"a split by group needs at least 2 groups (haystack windows), got {len(names)}")
-        order = np.random.default_rng(seed).permutation(len(names))
-        n_first = min(max(round(fraction * len(names)), 1), len(names) - 1)
-        first = {names[i] for i in order[:n_first]}
+        first = split_groups((e.group for e in self.episodes), fraction, seed=seed)
         inside = [i for i, e in enumerate(self.episodes) if e.group in first]
         return self.pick(inside), self.pick([i for i in range(len(self.episodes)) if i not in set(inside)])
 

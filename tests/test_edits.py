@@ -137,7 +137,7 @@ def test_what_an_edit_refuses_before_any_pass(model):
         (lambda: zero()([HEADS, HEADS], rows=[1]), "rows must hold 2"),
         (lambda: mean(with_z)(other), "one model shape"),
         (lambda: patch(with_z)(HEADS, rows=[3]), "say steps="),
-        (lambda: patch(with_z)(HEADS, rows=[3], steps=[9]), "no row at step 9"),
+        (lambda: patch(with_z)(HEADS, rows=[3], steps=[-1]), "no row at step -1"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

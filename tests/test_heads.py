@@ -1,11 +1,10 @@
 """Head sets: spellings, algebra, ranking and random draws."""
 
-from itertools import pairwise
 
 import pytest
 import torch
 
-from dhlens.heads import HeadSet, jaccard_rows, parse_head
+from dhlens.heads import HeadSet, parse_head
 
 SHAPE = (4, 6)
 
@@ -65,10 +64,3 @@ def test_random_draws():
         a.draw_like(22, seed=0, exclude=a)
     with pytest.raises(ValueError, match="leave n out"):
         a.draw_like(2, seed=0, by_layer=True)
-
-
-def test_jaccard_of_rows_equals_that_of_sets():
-    masks = torch.rand(20, 24, generator=torch.Generator().manual_seed(0)) < 0.2
-    sets = [HeadSet.from_mask(m.reshape(SHAPE)) for m in masks]
-    want = [a.jaccard(b) for a, b in pairwise(sets)]
-    assert jaccard_rows(masks[:-1], masks[1:], empty=1.0).tolist() == pytest.approx(want)

@@ -10,10 +10,23 @@ PACKAGE = Path(__file__).parents[1] / "dhlens"
 LAYERS = (
     {"heads", "episode", "hooks"},
     {"card", "trace", "pack", "store"},
-    {"scores", "wu", "raster", "static", "nulls", "dynamics", "paper", "cca", "probe", "stats"},
-    {"reads", "edits", "policies"},
+    {"scores", "wu", "raster", "static", "nulls", "dynamics", "paper"}
+    | {"cca", "probe", "stats", "agreement", "contrasts"},
+    {"reads", "edits", "policies", "controls"},
     {"weights", "model", "stream", "masks", "check", "drafts"},
-    {"engine", "limits", "lanes", "shadow", "prefix", "record", "executor"},
+    {
+        "engine",
+        "limits",
+        "prefix",
+        "record",
+        "lanes",
+        "shadow",
+        "transplant",
+        "patching",
+        "causal",
+        "trial",
+        "executor",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 BELOW = {
@@ -52,7 +65,7 @@ def allowed(module: str, target: str) -> bool:
     """Whether `module` (as "scores" or "tasks/niah") may import from the place `target`."""
     here = module.split("/")[0].replace("__init__", "")
     if here in BELOW:
-        return target in BELOW[here] or (target == here and here != "cli")
+        return target in BELOW[here] or target == here
     return target in LEVEL and LEVEL[target] <= LEVEL[here] and target != here
 
 

@@ -72,7 +72,7 @@ def test_heads_of_elsewhere():
     assert names(other, 0, 0) == "{}" and names(other, 0, 1) == "{L0H1}"
     assert {names(OtherStep(seed=s), 0, 2) for s in range(20)} == {"{L0H1}", "{L0H3, L1H2}"}
     assert names(OtherEpisode(TRACE, seed=0), 0, 0) == "{L1H3}" and names(OtherEpisode(TRACE, seed=0), 1, 0) == "{L0H1}"
-    with pytest.raises(ValueError, match="no episode of another haystack window has a step 0"):
+    with pytest.raises(ValueError, match="no episode of another haystack window than"):
         OtherEpisode(TRACE.pick([0]), seed=0)(*view(0, 0))
 
 

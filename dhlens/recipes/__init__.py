@@ -1,5 +1,7 @@
 """Recipes: whole experiments, from episodes to tables, figures and a folder that can be resumed."""
 
+from dhlens.recipes.ablation import Ablation, PerEpisode, ablate
 from dhlens.recipes.detect import Observation, Scan, scan
+from dhlens.recipes.standard import standard_edits
 
-__all__ = ["Observation", "Scan", "scan"]
+__all__ = ["Ablation", "Observation", "PerEpisode", "Scan", "ablate", "scan", "standard_edits"]

@@ -9,8 +9,6 @@ stopped and ends with the same numbers. About the time of plain generation (`ben
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -254,29 +252,8 @@ def outcomes(trace: Trace) -> pd.DataFrame:
 
 
 def _card(model: Model, episodes: Sequence[Episode], observation: Observation, **settings: Any) -> RunCard:
-    first = episodes[0].meta
-    card = observation_card(model, **{**vars(observation), "rows": None})
-    # the settings name what was asked for; the hash holds every token and span to it
-    content = hashlib.sha256()
-    for e in episodes:
-        spans = [str(span) for span in e.spans]
-        content.update(
-            json.dumps([e.id, e.tokens.tolist(), e.answer.tolist(), spans, dict(e.meta)], default=str).encode()
-        )
-    return dataclasses.replace(
-        card.with_settings(
-            episodes=len(episodes),
-            episodes_sha256=content.hexdigest(),
-            windows=len({e.group for e in episodes}),
-            lengths=sorted({e.meta.get("length", len(e.tokens)) for e in episodes}),
-            depths=sorted({e.meta["depth"] for e in episodes if "depth" in e.meta}),
-            **{key: first.get(key) for key in ("template", "needle", "sentence", "question")},
-            static_from=settings["static_from"],
-            stats_seed=settings["seed"],
-        ),
-        seed=first.get("seed"),
-        haystack_sha256=first.get("haystack_sha256"),
-    )
+    card = observation_card(model, **{**vars(observation), "rows": None}).with_episodes(episodes)
+    return card.with_settings(static_from=settings["static_from"], stats_seed=settings["seed"])
 
 
 def _families(episodes: Sequence[Episode], indices: Sequence[int]) -> list[list[int]]:

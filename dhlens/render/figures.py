@@ -13,10 +13,34 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dhlens.heads import HeadSet
+from dhlens.render.ablation import (
+    ablation_grids,
+    atlas,
+    causal_raster,
+    compensation,
+    contrast_forest,
+    effect_dots,
+    k_sweep,
+)
 from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, binned, curve, need, one, whole_ticks
 from dhlens.render.raster import raster
 
-__all__ = ["accumulation", "accuracy_grid", "head_map", "lag_curve", "long_tail", "raster", "static_curve"]
+__all__ = [
+    "ablation_grids",
+    "accumulation",
+    "accuracy_grid",
+    "atlas",
+    "causal_raster",
+    "compensation",
+    "contrast_forest",
+    "effect_dots",
+    "head_map",
+    "k_sweep",
+    "lag_curve",
+    "long_tail",
+    "raster",
+    "static_curve",
+]
 
 
 def head_map(heads: pd.DataFrame) -> Figure:

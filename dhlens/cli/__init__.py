@@ -1,0 +1,26 @@
+"""The command line: `dhlens scan` and `dhlens ablate` run experiments, `dhlens show` prints a run or compares two."""
+
+import sys
+
+import typer
+
+from dhlens.cli.experiments import ablate, scan
+from dhlens.cli.show import show
+
+app = typer.Typer(
+    help="Find, change, predict and show dynamic retrieval heads.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+for command in (scan, ablate, show):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point: what the user can mend is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        typer.echo(f"dhlens: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("dhlens: stopped; the same command goes on from here", err=True)
+        sys.exit(130)

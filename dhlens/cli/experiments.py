@@ -1,0 +1,147 @@
+"""The commands that run an experiment: `dhlens scan` and `dhlens ablate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dhlens.cli import options as o
+from dhlens.cli.show import say
+
+_DRAFTS: dict[str, bool | str] = {"known": True, "lookup": "lookup", "none": False}
+
+
+def scan(
+    model: o.Model = "smollm2-135m",
+    haystack: o.Haystack = None,
+    lengths: o.Lengths = "500,1000",
+    depths: o.Depths = "0.1,0.5,0.9",
+    n: o.Windows = 5,
+    needle: o.Needle = "uuid",
+    question: o.Question = None,
+    answer: o.Answer = None,
+    needles_per_cell: o.PerCell = 1,
+    template: o.Template = "chat",
+    repeat: o.Repeat = False,
+    seed: o.Seed = 0,
+    max_new_tokens: o.MaxNewTokens = 48,
+    draft: Annotated[
+        str, typer.Option(help="known, lookup or none: how answers are sped up; never what they are.")
+    ] = "known",
+    out: o.Out = Path("runs/scan"),
+    workers: Annotated[int, typer.Option(help="Processes, each with its own model.")] = 1,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Hide needles in a haystack, observe every step of the answers, and measure how dynamic the copying heads are."""
+    from dhlens.executor import Processes, serial
+    from dhlens.recipes.detect import Observation
+    from dhlens.recipes.detect import scan as run_scan
+
+    observation = Observation(max_new_tokens=max_new_tokens, draft=o.one_of("draft", draft, _DRAFTS))
+    executor = serial if workers == 1 else Processes(workers)
+    loaded, episodes = o.needle_episodes(
+        model,
+        haystack,
+        dtype=dtype,
+        device=device,
+        lengths=lengths,
+        depths=depths,
+        n=n,
+        needle=needle,
+        question=question,
+        answer=answer,
+        template=template,
+        seed=seed,
+        needles_per_cell=needles_per_cell,
+        repeat=repeat,
+    )
+    progress = not (quiet or as_json)
+    result = run_scan(
+        loaded, episodes, out=out, observation=observation, seed=seed, executor=executor, progress=progress
+    )
+    say(result, out, as_json)
+
+
+def ablate(
+    model: o.Model = "smollm2-135m",
+    haystack: o.Haystack = None,
+    lengths: o.Lengths = "500,1000",
+    depths: o.Depths = "0.1,0.5,0.9",
+    n: o.Windows = 8,
+    needle: o.Needle = "uuid",
+    question: o.Question = None,
+    answer: o.Answer = None,
+    needles_per_cell: o.PerCell = 1,
+    template: o.Template = "chat",
+    repeat: o.Repeat = False,
+    seed: o.Seed = 0,
+    max_new_tokens: o.MaxNewTokens = 48,
+    edits: Annotated[str, typer.Option(help="zero, mean, uniform, resample, patch, hide; comma-separated.")] = "zero",
+    commits: Annotated[
+        str, typer.Option(help="Whose keys and values stay: edited (the model lives with the loss), clean, or both.")
+    ] = "edited",
+    policies: Annotated[str, typer.Option(help="Which of the standard policies, comma-separated; default: all.")] = "",
+    ks: Annotated[
+        str, typer.Option(help="Besides, k dynamic, static and random heads at every step, for each of these k.")
+    ] = "",
+    static_from: Annotated[float, typer.Option(help="Share of the windows that static heads are fitted on.")] = 0.5,
+    causal_maps: Annotated[
+        int, typer.Option(help="Of how many answered episodes every single head is tried at every step.")
+    ] = 1,
+    batch: Annotated[int, typer.Option(help="Most conditions decoded at once.")] = 16,
+    out: o.Out = Path("runs/ablate"),
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Take each step's heads away, and as many others, and measure what is left of the answers."""
+    from dhlens.controls import sized_policies, standard_policies, static_set
+    from dhlens.engine import observe
+    from dhlens.episode import split_episodes
+    from dhlens.reads import Capture
+    from dhlens.recipes.ablation import ablate as run_ablate
+    from dhlens.recipes.standard import standard_edits
+
+    sizes = o.numbers("ks", ks, int)
+    loaded, episodes = o.needle_episodes(
+        model,
+        haystack,
+        dtype=dtype,
+        device=device,
+        lengths=lengths,
+        depths=depths,
+        n=n,
+        needle=needle,
+        question=question,
+        answer=answer,
+        template=template,
+        seed=seed,
+        needles_per_cell=needles_per_cell,
+        repeat=repeat,
+    )
+    progress = not (quiet or as_json)
+    first, held = split_episodes(episodes, static_from, seed=seed)
+    fit = observe(loaded, first, max_new_tokens=max_new_tokens, capture=Capture(z=True), progress=progress)
+    chosen = dict(standard_policies(fit, seed=seed))
+    wanted = o.words(policies) or tuple(chosen)
+    plain = {name: {None: o.one_of("policies", name, chosen)} for name in wanted}
+    sized = sized_policies(fit, sizes, seed=seed) if sizes else {}
+    result = run_ablate(
+        loaded,
+        held,
+        {name: {**plain.get(name, {}), **sized.get(name, {})} for name in {**plain, **sized}},
+        edit=standard_edits(loaded, fit, o.words(edits), seed=seed),
+        commit=o.words(commits),
+        static=static_set(fit),
+        max_new_tokens=max_new_tokens,
+        causal_maps=causal_maps,
+        batch=batch,
+        seed=seed,
+        out=out,
+        progress=progress,
+    )
+    say(result, out, as_json)

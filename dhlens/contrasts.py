@@ -1,0 +1,188 @@
+"""Conditions of an ablation side by side: means with intervals, paired differences with tests.
+
+    table = dh.contrasts.summary(result.answers, result.steps, seed=0)
+
+Everything is paired by episode and resampled by group (haystack window); steps are never the unit. Answers are compared
+by McNemar's exact test, which takes episodes as independent; one-step measures by flipping the sign of whole groups'
+differences, which does not. One contrast is primary, fixed before any number was seen; the others are held by Holm's
+bound within one measure, edit and commit: signs of 9 groups cannot give a p below .004, which over all at once would
+never count.
+
+`answers` has one row per episode and condition, `steps` one per generation step of the clean answer; the columns are
+those of `dhlens.recipes.ablate`. A condition is (policy, k, edit, commit). Cost: seconds at 100 episodes x 50
+conditions.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import permutation_test
+
+from dhlens.stats import grouped_difference, grouped_mean, holm, mcnemar
+
+CONDITION = ["policy", "k", "edit", "commit"]
+_ONE_STEP = ["policy", "k", "edit"]
+_FLIPS = 9_999
+
+
+def summary(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """One row per condition, in order of first appearance.
+
+    Columns: the condition, n (episodes), groups, heads (mean at a step), then with `_low` and `_high` (95 %, over
+    groups) accuracy, rouge_l, and of the one-step effects kept (share of argmaxes) and kl (nats).
+    """
+    rows = []
+    one_step = dict(_grouped(steps, _ONE_STEP))
+    for key, part in _grouped(answers, CONDITION):
+        row = dict(zip(CONDITION, key, strict=True))
+        row |= {"n": len(part), "groups": part["group"].nunique(), "heads": part["heads"].mean()}
+        row |= _means(part, {"accuracy": "correct", "rouge_l": "rouge_l"}, seed)
+        row |= _means(_same(one_step, key[:3]), {"kept": "kept", "kl": "kl"}, seed)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def sweep(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """Accuracy and compensation against k, for the policies that were run at several sizes; empty where none was.
+
+    Columns: policy, edit, commit, k, n, then with `_low` and `_high` accuracy, rouge_l, comp_max and comp_mean (newly
+    active static heads: the most at a step, and the mean over steps), comp_steps (share of steps with any). The
+    untouched model stands at k = 0.
+    """
+    rows = []
+    sized = answers.loc[answers["k"].notna()]
+    untouched = answers.loc[answers["policy"] == "none"].assign(k=0.0)
+    names = {"accuracy": "correct"} | {n: n for n in ("rouge_l", "comp_max", "comp_mean", "comp_steps")}
+    for (policy, edit, commit), part in _grouped(sized, ["policy", "edit", "commit"]):
+        for (k,), at in _grouped(pd.concat([untouched, part]).sort_values("k"), ["k"]):
+            row = {"policy": policy, "edit": edit, "commit": commit, "k": k, "n": len(at)}
+            rows.append(row | _means(at, names, seed))
+    return pd.DataFrame(rows)
+
+
+def contrasts(
+    answers: pd.DataFrame, steps: pd.DataFrame, *, primary: tuple[str, str] = ("dynamic", "static"), seed: int
+) -> pd.DataFrame:
+    """The first policy of `primary` against every other one, under each edit and commit, as paired differences.
+
+    Columns: first, second, edit, commit ("-" for one-step measures), measure (accuracy, rouge_l, kl, kept), primary
+    (bool), difference (first less second) with low and high (95 %, over groups), p, p_holm (among the others of
+    one measure, edit and commit; NaN for primary ones),
+    n (episodes), groups. Primary are accuracy and KL of that pair under the first edit and commit. Empty where the
+    first policy was not run.
+    """
+    plain = answers.loc[answers["k"].isna()].rename(columns={"correct": "accuracy"})
+    plain_steps = steps.loc[steps["k"].isna()]
+    touched = plain.loc[plain["policy"] != "none"]
+    rows: list[dict[str, Any]] = []
+    for edit in touched["edit"].unique():
+        within = plain_steps.loc[plain_steps["edit"] == edit]
+        rows += [{**r, "edit": edit, "commit": "-"} for r in _pairs(within, primary[0], ["kl", "kept"], seed)]
+        for commit in touched["commit"].unique():
+            asked = (plain["edit"] == edit) & (plain["commit"] == commit) | (plain["policy"] == "none")
+            found = _pairs(plain.loc[asked], primary[0], ["accuracy", "rouge_l"], seed)
+            rows += [{**r, "edit": edit, "commit": commit} for r in found]
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows)
+    first_commit = touched["commit"].iloc[0]
+    table["primary"] = (
+        (table["second"] == primary[1])
+        & (table["edit"] == touched["edit"].iloc[0])
+        & table["measure"].isin(["accuracy", "kl"])
+        & table["commit"].isin(["-", first_commit])
+    )
+    others = table.loc[~table["primary"] & table["p"].notna()]
+    family = others.groupby(["measure", "edit", "commit"])["p"]
+    table["p_holm"] = family.transform(lambda p: holm(p.to_numpy(dtype=float)))
+    order = ["first", "second", "edit", "commit", "measure", "primary", "difference", "low", "high", "p", "p_holm"]
+    table = table.sort_values("primary", ascending=False, kind="stable", ignore_index=True)
+    return table.loc[:, [*order, "n", "groups"]]
+
+
+def _pairs(rows: pd.DataFrame, first: str, measures: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
+    """`first` less every other policy of `rows`, which hold one edit."""
+    unit = [name for name in ("episode", "step") if name in rows]
+    if first not in set(rows["policy"]):
+        return
+    base = rows.loc[rows["policy"] == first]
+    for second in rows["policy"].unique():
+        if second == first:
+            continue
+        both = base.merge(rows.loc[rows["policy"] == second], on=unit, suffixes=("", "_other"))
+        groups = both["group"].to_numpy(dtype=str)
+        for measure in measures:
+            a, b = (both[name].to_numpy(dtype=float) for name in (measure, f"{measure}_other"))
+            value, low, high = grouped_difference(a, b, groups, seed=seed)
+            p = mcnemar(a > 0, b > 0) if measure == "accuracy" else _flip(a - b, groups, seed)
+            n, n_groups = both["episode"].nunique(), len(np.unique(groups))
+            row = {"first": first, "second": second, "measure": measure, "difference": value, "low": low, "high": high}
+            yield row | {"p": p, "n": n, "groups": n_groups}
+
+
+def _flip(differences: np.ndarray, groups: np.ndarray, seed: int) -> float:
+    """P of the mean under random signs of whole groups; NaN below two groups."""
+    names, code = np.unique(groups, return_inverse=True)
+    sums = np.bincount(code, weights=differences, minlength=len(names))
+    if len(sums) < 2:
+        return np.nan
+    if not sums.any():
+        return 1.0
+    test = permutation_test(
+        (sums,), np.sum, permutation_type="samples", n_resamples=_FLIPS, rng=np.random.default_rng(seed)
+    )
+    return float(test.pvalue)
+
+
+def _means(part: pd.DataFrame, columns: dict[str, str], seed: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    groups = part["group"].to_numpy(dtype=str)
+    for name, column in columns.items():
+        interval = grouped_mean(part[column].to_numpy(dtype=float), groups, seed=seed)
+        found |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return found
+
+
+def _grouped(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Key and rows of each group, in order of first appearance; NaN is a key like others."""
+    groups: Any = table.groupby(by, dropna=False, sort=False)
+    yield from groups
+
+
+def _same(parts: dict[Any, pd.DataFrame], key: tuple[Any, ...]) -> pd.DataFrame:
+    """The part of this key, NaN being equal to NaN; no rows where there is none."""
+    for found, part in parts.items():
+        if all(a == b or (a != a and b != b) for a, b in zip(found, key, strict=True)):
+            return part
+    return pd.DataFrame({name: pd.Series(dtype=float) for name in ("group", "kept", "kl")})
+
+
+def in_words(summary: pd.DataFrame, pairs: pd.DataFrame | None) -> list[str]:
+    """What is left of "the first policy hurts most" under each control, a sentence per edit and commit."""
+    if pairs is None or pairs.empty:
+        return []
+    first, lines = pairs["first"].iloc[0], []
+    kl = summary.dropna(subset=["kl"]).drop_duplicates(_ONE_STEP)
+    kl = kl.loc[kl["k"].isna()]
+    for (edit,), part in _grouped(pairs.loc[pairs["measure"] == "kl"], ["edit"]):
+        at = kl.loc[kl["edit"] == edit].set_index("policy")["kl"]
+        lines.append(f"One-step KL in nats under {edit}: {_said(first, part, at, '.3f')}.")
+    for (edit, commit), part in _grouped(pairs.loc[pairs["measure"] == "accuracy"], ["edit", "commit"]):
+        here = summary["edit"].isin([edit, "none"]) & summary["commit"].isin([commit, "none"]) & summary["k"].isna()
+        at = summary.loc[here].set_index("policy")["accuracy"]
+        lines.append(f"Right answers under {edit}, commit {commit}: {_said(first, part, at, '.0%')}.")
+    return [*lines, "Marks: * p < .05, primary or after Holm; = not told apart."] if lines else []
+
+
+def _said(first: str, pairs: pd.DataFrame, at: pd.Series, form: str) -> str:
+    """The first policy's value and those of the others, each with its mark."""
+    rows: Any = pairs.itertuples()
+    others = [f"{row.second} {at[row.second]:{form}}{_verdict(row)}" for row in rows if row.second in at]
+    return f"{first} {at[first]:{form}}, against {', '.join(others)}"
+
+
+def _verdict(row: Any) -> str:
+    p = row.p if row.primary else row.p_holm
+    return "" if p != p else "*" if p < 0.05 else "="

@@ -1,0 +1,298 @@
+"""The second experiment: take the heads of each step away, and as many others, and see what is left of the answer.
+
+    fit, held = dh.observe(model, episodes, capture=dh.Capture(z=True)).split(0.5, seed=0)
+    result = dh.recipes.ablate(model, held.episodes, standard_policies(fit, seed=0), edit={"zero": dh.zero()})
+    print(result.summary())
+    result.report().save("report.html")
+
+For every episode: (1) observe its clean answer; (2) under every policy and edit, the one-step effect on each token of
+that answer, nothing else touched (`dhlens.effects`); (3) under every policy, edit and commit, the whole answer
+(`dhlens.decode`). With `out=` the run is a folder that is resumed after a kill, one file per episode. Cost: about a
+second per condition and episode for SmolLM2 on two cores; `benchmarks/ablate.py`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from dhlens import contrasts
+from dhlens.agreement import agreement_table
+from dhlens.card import RunCard
+from dhlens.causal import causal_table
+from dhlens.edits import Edit, zero
+from dhlens.engine import observation_card
+from dhlens.episode import Episode
+from dhlens.heads import HeadSet
+from dhlens.lanes import checked_lanes
+from dhlens.limits import at_least_one, check_episodes
+from dhlens.model import Model
+from dhlens.policies import Policy
+from dhlens.prefix import prefill
+from dhlens.render import Report, report
+from dhlens.render.ablate import ablation_pictures
+from dhlens.store import Run
+from dhlens.trial import CAPTURE, PER_STEP, Condition, PerEpisode, Plan, trial
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """What an ablation found. All tables follow from `answers` and `steps`."""
+
+    answers: pd.DataFrame
+    """One row per episode and condition (policy, k, edit, commit): text, correct, rouge_l, steps, heads (mean at a
+    step), comp_max, comp_mean, comp_steps (newly active static heads), answered (the untouched model was right)."""
+    steps: pd.DataFrame
+    """One row per episode, policy, k, edit and step of the clean answer: heads, logit_change, prob, prob_clean, kl
+    (nats), kept."""
+    card: RunCard
+    """Where the numbers come from."""
+    causal: pd.DataFrame | None = None
+    """Every single head at every step of some answered episodes, as `dhlens.causal.causal_table` gives it."""
+    primary: tuple[str, str] = ("dynamic", "static")
+    """The pair whose contrast was fixed beforehand."""
+    seed: int = 0
+    """Of the bootstrap and the permutations."""
+    folder: Path | None = None
+    """Where the run lies, if on disk."""
+
+    @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """By name: answers and steps, and what follows from them.
+
+        summary, contrasts and sweep count the episodes that the untouched model answered; causal and agreement are of
+        causal maps.
+        """
+        right, right_steps = (t.loc[t["answered"].astype(bool)] for t in (self.answers, self.steps))
+        found = {"answers": self.answers, "steps": self.steps}
+        if len(right):
+            found["summary"] = contrasts.summary(right, right_steps, seed=self.seed)
+            found["contrasts"] = contrasts.contrasts(right, right_steps, primary=self.primary, seed=self.seed)
+            found["sweep"] = contrasts.sweep(right, seed=self.seed)
+        if self.causal is not None:
+            found |= {"causal": self.causal, "agreement": agreement_table(self.causal)}
+        return {name: table for name, table in found.items() if len(table)}
+
+    def notes(self) -> list[str]:
+        """What was ablated, and what the contrasts say, in sentences."""
+        episodes = self.answers.drop_duplicates("episode")
+        right = int(np.count_nonzero(episodes["answered"]))
+        lines = [f"{right} of {len(episodes)} episodes answered untouched, {episodes['group'].nunique()} windows."]
+        if "summary" not in self.tables:
+            return [*lines, "Nothing to compare: the untouched model answered none."]
+        return [*lines, *contrasts.in_words(self.tables["summary"], self.tables.get("contrasts"))]
+
+    def summary(self) -> str:
+        """Notes, summary and contrasts, as text."""
+        shown = [self.tables[name] for name in ("summary", "contrasts", "sweep") if name in self.tables]
+        return "\n\n".join([*self.notes(), *(_aligned(table) for table in shown)])
+
+    def figures(self) -> dict[str, tuple[Figure, str]]:
+        """The pictures of the report, each with its caption; those that have nothing to show are left out."""
+        return ablation_pictures(self.tables)
+
+    def report(self) -> Report:
+        """One self-contained HTML page."""
+        shown = {name: self.tables[name] for name in ("summary", "contrasts", "sweep") if name in self.tables}
+        title = f"Taking heads away from {self.card.model}"
+        return report(title, tables=shown, figures=self.figures(), card=self.card, notes=self.notes(), max_rows=100)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Ablation":
+        """A finished ablation from its folder.
+
+        Raises:
+            ValueError: no run there, not finished, or not an ablation.
+        """
+        run = Run.read(folder)
+        tables, settings = run.tables(), run.card.settings
+        if settings.get("recipe") != "ablate":
+            raise ValueError(f"{folder} is no ablation: it holds {', '.join(tables)}")
+        first, second = settings["primary"]
+        return cls(
+            tables["answers"],
+            tables["steps"],
+            run.card,
+            tables.get("causal"),
+            (first, second),
+            settings["stats_seed"],
+            run.folder,
+        )
+
+
+def ablate(
+    model: Model,
+    episodes: Sequence[Episode],
+    policies: Mapping[str, Policy | Mapping[int | None, Policy | None] | None],
+    *,
+    edit: Edit | PerEpisode | Mapping[str, Edit | PerEpisode] | None = None,
+    commit: str | Sequence[str] = "edited",
+    static: HeadSet | None = None,
+    span: str = "needle",
+    prompt: bool = False,
+    primary: tuple[str, str] = ("dynamic", "static"),
+    max_new_tokens: int = 48,
+    causal_maps: int = 0,
+    batch: int = 16,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Ablation:
+    """Answer every episode under every policy, edit and commit, and measure each step's effect by itself.
+
+    Args:
+        model: a loaded model.
+        episodes: prompts with known answers, of other haystack windows than static heads were fitted on.
+        policies: name to policy, None for the untouched model, or {k: policy} for one run at several sizes (k None:
+            of no fixed size).
+        edit: what happens to the heads, default `zero()`; several by name; `PerEpisode` where it is made anew for each.
+        commit: "edited", "clean" or both; see `dhlens.lanes`.
+        static: heads whose new activity counts as compensation.
+        span: where the answer is copied from, for compensation.
+        prompt: edit the prompt's rows as well; needs policies that read nothing.
+        primary: the two policies whose contrast is fixed beforehand.
+        max_new_tokens: most answer tokens.
+        causal_maps: of how many answered episodes, the first ones, every single head is tried at every step.
+        batch: most lanes at once.
+        seed: of the bootstrap and the permutations; policies and edits have their own.
+        out: folder of the run; begun, resumed or, if finished with the same settings, read. Functions of your own are
+            known there by their names only.
+        progress: show a bar.
+
+    Raises:
+        ValueError: see `limits.check_episodes`, `dhlens.decode` and `store.Run.open`; no policy, a size beyond the
+            model's heads, static heads of another shape, an episode without the span.
+        TypeError: a policy is something else.
+
+    Source: arXiv 2602.11162, section 4, figures 2 and 3; the paper leaves edit, commit and the controls open.
+    """
+    edits = edit if isinstance(edit, Mapping) else {_name_of(edit): edit or zero()}
+    commits = [commit] if isinstance(commit, str) else list(commit)
+    conditions = _conditions(policies, edits)
+    plan = Plan(conditions, edits, commits, static, span, prompt, max_new_tokens, batch)
+    _check(model, episodes, plan)
+    card = _card(model, episodes, plan, primary=list(primary), causal_maps=causal_maps, stats_seed=seed)
+    run = None if out is None else Run.open(out, card)
+    if run is not None and run.finished:
+        return Ablation.load(run.folder)
+    with run.alone() if run else nullcontext():
+        parts = dict(_trials(model, episodes, plan, card, run, progress=progress))
+        whole = pd.concat([parts[i] for i in range(len(episodes))], ignore_index=True)
+        maps = _causal_maps(model, episodes, whole, plan, run, causal_maps, progress=progress)
+        result = Ablation(*_tables(whole), card, maps, primary, seed, run.folder if run else None)
+        if run:
+            run.finish(result.tables, texts={"report.html": result.report().html, "summary.txt": result.summary()})
+    return result
+
+
+def _trials(
+    model: Model, episodes: Sequence[Episode], plan: Plan, card: RunCard, run: Run | None, *, progress: bool
+) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Each episode's table: read where the run has it, else made and kept."""
+    left = []
+    for i, e in enumerate(episodes):
+        if run and run.done(e.id):
+            yield i, run.load_part(e.id)
+        else:
+            left.append(i)
+    done = len(episodes) - len(left)
+    bar = tqdm(total=len(episodes), initial=done, desc="ablate", unit="episode", disable=not progress)
+    for i, stream in prefill(model, episodes, only=left) if left else ():
+        table = trial(model, stream, episodes[i], plan, card)
+        if run:
+            run.save_part(episodes[i].id, table)
+        yield i, table
+        bar.update()
+    bar.close()
+
+
+def _causal_maps(
+    model: Model,
+    episodes: Sequence[Episode],
+    whole: pd.DataFrame,
+    plan: Plan,
+    run: Run | None,
+    n: int,
+    *,
+    progress: bool,
+) -> pd.DataFrame | None:
+    """Causal maps of the first `n` episodes that the untouched model answered, zeroing single heads."""
+    right = set(whole.loc[whole["answered"], "episode"])
+    parts = []
+    for e in [e for e in episodes if e.id in right][:n]:
+        name = f"{e.id}=causal"
+        if run and run.done(name):
+            parts.append(run.load_part(name))
+            continue
+        parts.append(causal_table(model, e, span=plan.span, max_new_tokens=plan.max_new_tokens, progress=progress))
+        if run:
+            run.save_part(name, parts[-1])
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _conditions(policies: Mapping[str, Any], edits: Mapping[str, Any]) -> list[Condition]:
+    found: list[Condition] = []
+    for name, given in policies.items():
+        for k, policy in given.items() if isinstance(given, Mapping) else [(None, given)]:
+            if policy is None:
+                found.append(Condition("none", None, "none", None))
+            else:
+                found += [Condition(name, k, edit, policy) for edit in edits]
+    return list(dict.fromkeys(found))
+
+
+def _name_of(edit: Any) -> str:
+    return "zero" if edit is None else str(getattr(edit, "__name__", type(edit).__name__))
+
+
+def _check(model: Model, episodes: Sequence[Episode], plan: Plan) -> None:
+    if not plan.commits or not plan.edits or not plan.conditions:
+        raise ValueError("an ablation needs at least one policy, one edit and one commit")
+    for commit in plan.commits:
+        lanes = {c.key: c.chosen for c in plan.conditions}
+        checked_lanes(lanes, model.shape, commit=commit, prompt=plan.prompt, batch=plan.batch)
+    for name, edit in plan.edits.items():
+        if not callable(edit) and not isinstance(edit, PerEpisode):
+            raise TypeError(f"edit {name!r} must be an edit such as dh.zero(), got {type(edit).__name__}")
+    if plan.static is not None and plan.static.shape != model.shape:
+        raise ValueError(f"static heads must be of the model's shape {model.shape}, got {plan.static.shape}")
+    at_least_one(plan.max_new_tokens)
+    check_episodes(model, episodes, max_new_tokens=plan.max_new_tokens)
+    for e in episodes:
+        e.span(plan.span)
+
+
+def _card(model: Model, episodes: Sequence[Episode], plan: Plan, **settings: Any) -> RunCard:
+    card = observation_card(model, capture=CAPTURE, max_new_tokens=plan.max_new_tokens).with_episodes(episodes)
+    return card.with_settings(
+        recipe="ablate",
+        conditions=[f"{c.key}: {c.chosen.name if c.chosen else 'untouched'}" for c in plan.conditions],
+        commits=list(plan.commits),
+        edit_prompt=plan.prompt,
+        static=[list(head) for head in plan.static] if plan.static else None,
+        span=plan.span,
+        **settings,
+    )
+
+
+def _tables(whole: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Answers and steps from one row per episode and condition that holds both."""
+    keys = ["episode", "group", "length", "depth", "answered", *contrasts.CONDITION]
+    answers = whole.drop(columns=PER_STEP)
+    # one-step effects do not depend on the commit: the first one's rows hold them all
+    once = whole.drop_duplicates(["episode", "policy", "k", "edit"])
+    steps = once.loc[:, [k for k in keys if k != "commit"] + PER_STEP].explode(PER_STEP).dropna(subset=["step"])
+    kinds = {"step": int, "step_heads": int, "kept": bool, "logit_change": float, "prob": float, "prob_clean": float}
+    steps = steps.astype({**kinds, "kl": float}).rename(columns={"step_heads": "heads"}).reset_index(drop=True)
+    return answers.loc[:, [*keys, *(c for c in answers if c not in keys)]], steps
+
+
+def _aligned(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep="-")

@@ -1,0 +1,159 @@
+"""One episode under many conditions: its clean answer, the effect on each of its tokens, and the edited answers.
+
+What `dhlens.recipes.ablate` does for every episode, as one table; the columns stand there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dhlens.card import RunCard
+from dhlens.drafts import guesser
+from dhlens.edits import Edit, zero
+from dhlens.engine import observe_on
+from dhlens.episode import Episode
+from dhlens.heads import HeadSet
+from dhlens.lanes import Lane, decode_on
+from dhlens.model import Model
+from dhlens.policies import Policy, along
+from dhlens.reads import Capture
+from dhlens.scores import copy_paste
+from dhlens.shadow import effects_on
+from dhlens.stats import rouge_l
+from dhlens.stream import Stream
+from dhlens.trace import Trace
+
+CAPTURE = Capture(hidden=())
+PER_STEP = ["step", "step_heads", "logit_change", "prob", "prob_clean", "kl", "kept"]
+"""List columns of an episode's file: one entry per step of the clean answer."""
+
+
+@dataclass(frozen=True)
+class PerEpisode:
+    """An edit that is another one for every episode, such as a patch from its own counterfactual twin."""
+
+    make: Callable[[Episode], Edit]
+    """Builds the edit when the episode's turn comes."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Which heads, and what is done to them."""
+
+    policy: str
+    """Name of the policy; "none" for the untouched model."""
+    k: int | None
+    """Its size, for a policy that is run at several."""
+    edit: str
+    """Name of the edit."""
+    chosen: Policy | None
+    """The policy."""
+
+    @property
+    def key(self) -> str:
+        """The condition as one text."""
+        return f"{self.policy}, k={self.k}, {self.edit}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every episode; the fields are arguments of `dhlens.recipes.ablate`."""
+
+    conditions: Sequence[Condition]
+    edits: Mapping[str, Edit | PerEpisode]
+    commits: Sequence[str]
+    static: HeadSet | None
+    span: str
+    prompt: bool
+    max_new_tokens: int
+    batch: int
+
+
+def trial(model: Model, stream: Stream, episode: Episode, plan: Plan, card: RunCard) -> pd.DataFrame:
+    """One row per condition; what was measured at each step as lists."""
+    guess = guesser(True, episode, model.stop_ids)
+    clean = observe_on(model, stream.fork(), episode, guess, plan.max_new_tokens, capture=CAPTURE, card=card)
+    edits = {n: e.make(episode) if isinstance(e, PerEpisode) else e for n, e in plan.edits.items()}
+    one_step = _one_step(model, stream, episode, clean, plan, edits)
+    rows: list[dict[str, Any]] = []
+    for at, commit in enumerate(plan.commits):
+        # the untouched model commits nothing but its own, and is run once
+        now = [c for c in plan.conditions if c.chosen is not None or at == 0]
+        lanes = {c.key: Lane(c.chosen, edits.get(c.edit)) for c in now}
+        runs = decode_on(
+            model,
+            None if plan.prompt else stream.fork(),
+            episode,
+            lanes,
+            commit=commit,
+            max_new_tokens=plan.max_new_tokens,
+            batch=plan.batch,
+            capture=CAPTURE,
+            card=card,
+        )
+        for c in now:
+            row = {"policy": c.policy, "k": c.k, "edit": c.edit, "commit": commit if c.chosen else "none"}
+            rows.append(row | _answer(runs[c.key], plan) | one_step[c.key])
+    table = pd.DataFrame(rows).astype({"k": float})
+    meta = {"length": episode.meta.get("length", len(episode.tokens)), "depth": episode.meta.get("depth")}
+    known = {"episode": episode.id, "group": episode.group, **meta, "answered": bool(clean.outcomes[0].correct)}
+    return table.assign(**known)
+
+
+def _one_step(
+    model: Model, stream: Stream, episode: Episode, clean: Trace, plan: Plan, edits: Mapping[str, Edit]
+) -> dict[str, dict[str, Any]]:
+    """Per condition the effect of its heads at each step of the clean answer, by itself."""
+    clean = clean.select(clean.answer_rows())
+    said, steps = clean.next_token, clean.step.tolist()
+    found: dict[str, dict[str, Any]] = {}
+    reading = [c for c in plan.conditions if c.chosen is None or not plan.prompt or not c.chosen.needs_read]
+    sets = {c.key: along(c.chosen, clean) for c in reading}
+    for name, edit in [*edits.items(), ("none", zero())]:
+        now = [c for c in reading if c.edit == name]
+        asked = [(step, heads) for c in now for step, heads in zip(steps, sets[c.key], strict=True)]
+        if not asked:
+            continue
+        table = effects_on(model, stream.fork(), episode, said, asked, edit=edit).table
+        table = table.rename(columns={"size": "step_heads"})[PER_STEP]
+        for at, c in enumerate(now):
+            part = table.iloc[at * len(steps) : (at + 1) * len(steps)]
+            found[c.key] = {column: part[column].tolist() for column in PER_STEP}
+    return found
+
+
+def _answer(run: Trace, plan: Plan) -> dict[str, Any]:
+    outcome, episode = run.outcomes[0], run.episodes[0]
+    reference = episode.meta.get("needle_text") or episode.meta.get("answer_text")
+    assert run.heads_used is not None
+    rows = run.answer_rows()
+    return {
+        "text": outcome.text,
+        "correct": bool(outcome.correct),
+        "rouge_l": rouge_l(reference, outcome.text) if reference else np.nan,
+        "steps": int(rows.sum()),
+        "heads": float(run.heads_used[rows].flatten(1).sum(1).float().mean()),
+        **_compensation(run, plan.static, plan.span),
+    }
+
+
+def _compensation(run: Trace, static: HeadSet | None, span: str) -> dict[str, float]:
+    """Static heads that become active when others are taken away, at a step: most, mean, share of steps with any.
+
+    Source: arXiv 2602.11162, A.2. Heads that are edited at the step do not count, which the paper leaves open; each
+    pass is scored by the token that it predicts.
+    """
+    if static is None or run.clean is None or run.heads_used is None:
+        return {"comp_max": np.nan, "comp_mean": np.nan, "comp_steps": np.nan}
+    before, after = copy_paste(run.clean, span).heads(), copy_paste(run, span).heads()
+    new = (after & ~before & ~run.heads_used & static.mask()).flatten(1).sum(1)[run.answer_rows()].double()
+    if not len(new):
+        return {"comp_max": 0.0, "comp_mean": 0.0, "comp_steps": 0.0}
+    return {
+        "comp_max": float(new.max()),
+        "comp_mean": float(new.mean()),
+        "comp_steps": float((new > 0).double().mean()),
+    }
