@@ -203,10 +203,12 @@ def _decode_lanes(
     capture: Capture,
 ) -> None:
     alive = list(runs)
+    # to the end of every lane: clean reads are aligned with the rows of its trace
+    reading = any(run.policy is not None and run.policy.needs_read for run in runs)
     for step in range(room):
         fed = torch.tensor([[run.tokens[-1] if run.tokens else int(episode.tokens[-1])] for run in alive])
         here = stream.mark()
-        if any(run.policy is not None and run.policy.needs_read for run in alive):
+        if reading:
             read = read_block(model, stream, fed, episode, capture)
             stream.rewind(here)
             for lane, run in enumerate(alive):

@@ -150,3 +150,15 @@ def test_bad_lanes_are_refused_before_any_pass(model, monkeypatch):
         run(model, {"none": None}, commit="masked")
     with pytest.raises(ValueError, match="lane 'd' must not need a read"):
         run(model, {"d": LOOKING}, prompt=True)
+
+
+def test_clean_reads_go_on_after_the_lanes_that_need_them_stop(model):
+    lanes = {"dynamic": LOOKING, "static": Static(STATIC)}
+    said = {name: trace.pick([0]).outcomes[0].tokens.tolist() for name, trace in run(model, lanes).items()}
+    only = [t for t in said["dynamic"][:4] if t not in said["static"]]
+    if not only:
+        pytest.skip("both lanes say the same")
+    stopping = dataclasses.replace(model, stop_ids=(only[0],))
+    runs = decode(stopping, EPISODES[:1], lanes, max_new_tokens=6, capture=CAPTURE, progress=False)
+    assert len(runs["dynamic"]) < len(runs["static"]) == 6
+    assert all(torch.equal(trace.clean.step, trace.step) for trace in runs.values())
