@@ -99,7 +99,7 @@ def main() -> None:
     episode, trace = answered(model, args.haystack, seed=0)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, table in (
-        ("causal_map", map_table(model, episode, trace, (64, 128, 256))),
+        ("causal_map", map_table(model, episode, trace, (64, 256))),
         ("effects", effects_table(model, episode, trace, args.pairs)),
     ):
         print(f"\n{name}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}", flush=True)  # noqa: T201

@@ -8,9 +8,19 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from torch import Tensor
+
 from dhlens.episode import Episode
 
 _PACKAGES = ("dhlens", "torch", "transformers", "transformer-lens", "numpy")
+
+
+def digest(*values: Any) -> str:
+    """A short hash of tensors and texts, for what decides numbers but is too long for a card."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(value.numpy().tobytes() if isinstance(value, Tensor) else str(value).encode())
+    return found.hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:

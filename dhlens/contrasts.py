@@ -2,11 +2,14 @@
 
     table = dh.contrasts.summary(result.answers, result.steps, seed=0)
 
-Everything is paired by episode and resampled by group (haystack window); steps are never the unit. Answers are compared
-by McNemar's exact test, which takes episodes as independent; one-step measures by flipping the sign of whole groups'
-differences, which does not. One contrast is primary, fixed before any number was seen; the others are held by Holm's
-bound within one measure, edit and commit: signs of 9 groups cannot give a p below .004, which over all at once would
-never count.
+Everything is paired by episode and resampled by group (haystack window); steps are never the unit. p comes from
+flipping the sign of whole groups' differences; G groups cannot give less than 2 / 2^G, and a contrast that could not
+have been significant is marked so. McNemar's exact test stands beside it for answers; it takes episodes as independent.
+One pair is primary, fixed before any number was seen, with two measures that share Holm's bound. The other contrasts
+share it within one measure, edit and commit: over all of them at once, few windows could never show anything.
+
+Only episodes that the untouched model answers are compared, so its accuracy is 1 by construction and its own contrasts
+get no p.
 
 `answers` has one row per episode and condition, `steps` one per generation step of the clean answer; the columns are
 those of `dhlens.recipes.ablate`. A condition is (policy, k, edit, commit). Cost: seconds at 100 episodes x 50
@@ -30,16 +33,19 @@ _FLIPS = 9_999
 def summary(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row per condition, in order of first appearance.
 
-    Columns: the condition, n (episodes), groups, heads (mean at a step), then with `_low` and `_high` (95 %, over
-    groups) accuracy, rouge_l, and of the one-step effects kept (share of argmaxes) and kl (nats).
+    Columns: the condition, n (episodes), groups, heads (mean at a step of its own answer), step_heads (at a step of the
+    clean one), then with `_low` and `_high` (95 %, over groups) accuracy, rouge_l, and of the one-step effects kept
+    (share of argmaxes) and kl (nats).
     """
     rows = []
     one_step = dict(_grouped(steps, _ONE_STEP))
     for key, part in _grouped(answers, CONDITION):
         row = dict(zip(CONDITION, key, strict=True))
         row |= {"n": len(part), "groups": part["group"].nunique(), "heads": part["heads"].mean()}
+        alone = _same(one_step, key[:3])
+        row |= {"step_heads": alone["heads"].mean()}
         row |= _means(part, {"accuracy": "correct", "rouge_l": "rouge_l"}, seed)
-        row |= _means(_same(one_step, key[:3]), {"kept": "kept", "kl": "kl"}, seed)
+        row |= _means(alone, {"kept": "kept", "kl": "kl"}, seed)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -68,10 +74,9 @@ def contrasts(
     """The first policy of `primary` against every other one, under each edit and commit, as paired differences.
 
     Columns: first, second, edit, commit ("-" for one-step measures), measure (accuracy, rouge_l, kl, kept), primary
-    (bool), difference (first less second) with low and high (95 %, over groups), p, p_holm (among the others of
-    one measure, edit and commit; NaN for primary ones),
-    n (episodes), groups. Primary are accuracy and KL of that pair under the first edit and commit. Empty where the
-    first policy was not run.
+    (bool), difference (first less second) with low and high (95 %, over groups), p, p_holm, p_mcnemar (accuracy), least
+    (the smallest p_holm that this number of groups allows), n (episodes), groups. Primary are accuracy and KL of that
+    pair under the first edit and commit. Empty where the first policy was not run.
     """
     plain = answers.loc[answers["k"].isna()].rename(columns={"correct": "accuracy"})
     plain_steps = steps.loc[steps["k"].isna()]
@@ -94,12 +99,16 @@ def contrasts(
         & table["measure"].isin(["accuracy", "kl"])
         & table["commit"].isin(["-", first_commit])
     )
-    others = table.loc[~table["primary"] & table["p"].notna()]
-    family = others.groupby(["measure", "edit", "commit"])["p"]
-    table["p_holm"] = family.transform(lambda p: holm(p.to_numpy(dtype=float)))
-    order = ["first", "second", "edit", "commit", "measure", "primary", "difference", "low", "high", "p", "p_holm"]
+    table[["p_holm", "least"]] = np.nan
+    tested = table.loc[table["p"].notna()]
+    keys = tested[["measure", "edit", "commit"]].agg(" ".join, axis=1).where(~tested["primary"], "primary")
+    families: Any = tested.groupby(keys)
+    for _, family in families:
+        table.loc[family.index, "p_holm"] = holm(family["p"].to_numpy(dtype=float))
+        table.loc[family.index, "least"] = len(family) * 2.0 / 2.0 ** family["groups"].to_numpy(dtype=float)
+    columns = ["first", "second", "edit", "commit", "measure", "primary", "difference", "low", "high", "p", "p_holm"]
     table = table.sort_values("primary", ascending=False, kind="stable", ignore_index=True)
-    return table.loc[:, [*order, "n", "groups"]]
+    return table.loc[:, [*columns, "p_mcnemar", "least", "n", "groups"]]
 
 
 def _pairs(rows: pd.DataFrame, first: str, measures: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
@@ -116,10 +125,11 @@ def _pairs(rows: pd.DataFrame, first: str, measures: Sequence[str], seed: int) -
         for measure in measures:
             a, b = (both[name].to_numpy(dtype=float) for name in (measure, f"{measure}_other"))
             value, low, high = grouped_difference(a, b, groups, seed=seed)
-            p = mcnemar(a > 0, b > 0) if measure == "accuracy" else _flip(a - b, groups, seed)
+            p = np.nan if second == "none" else _flip(a - b, groups, seed)
+            pairwise = mcnemar(a > 0, b > 0) if measure == "accuracy" and second != "none" else np.nan
             n, n_groups = both["episode"].nunique(), len(np.unique(groups))
             row = {"first": first, "second": second, "measure": measure, "difference": value, "low": low, "high": high}
-            yield row | {"p": p, "n": n, "groups": n_groups}
+            yield row | {"p": p, "p_mcnemar": pairwise, "n": n, "groups": n_groups}
 
 
 def _flip(differences: np.ndarray, groups: np.ndarray, seed: int) -> float:
@@ -156,24 +166,27 @@ def _same(parts: dict[Any, pd.DataFrame], key: tuple[Any, ...]) -> pd.DataFrame:
     for found, part in parts.items():
         if all(a == b or (a != a and b != b) for a, b in zip(found, key, strict=True)):
             return part
-    return pd.DataFrame({name: pd.Series(dtype=float) for name in ("group", "kept", "kl")})
+    return pd.DataFrame({name: pd.Series(dtype=float) for name in ("group", "heads", "kept", "kl")})
 
 
-def in_words(summary: pd.DataFrame, pairs: pd.DataFrame | None) -> list[str]:
+def in_words(summary: pd.DataFrame, pairs: pd.DataFrame | None, primary: tuple[str, str]) -> list[str]:
     """What is left of "the first policy hurts most" under each control, a sentence per edit and commit."""
     if pairs is None or pairs.empty:
-        return []
-    first, lines = pairs["first"].iloc[0], []
+        return [f"No contrasts: {primary[0]!r} was not run."]
+    lines = [] if any(pairs["primary"]) else [f"No primary contrast: {primary[1]!r} was not run."]
     kl = summary.dropna(subset=["kl"]).drop_duplicates(_ONE_STEP)
     kl = kl.loc[kl["k"].isna()]
     for (edit,), part in _grouped(pairs.loc[pairs["measure"] == "kl"], ["edit"]):
-        at = kl.loc[kl["edit"] == edit].set_index("policy")["kl"]
-        lines.append(f"One-step KL in nats under {edit}: {_said(first, part, at, '.3f')}.")
+        at = kl.loc[kl["edit"] == edit].set_index("policy")
+        sizes = ", ".join(f"{name} {n:.1f}" for name, n in at["step_heads"].items())
+        lines.append(f"Heads taken at a step of the clean answer: {sizes}.")
+        lines.append(f"One-step KL in nats under {edit}: {_said(primary[0], part, at['kl'], '.3f')}.")
     for (edit, commit), part in _grouped(pairs.loc[pairs["measure"] == "accuracy"], ["edit", "commit"]):
         here = summary["edit"].isin([edit, "none"]) & summary["commit"].isin([commit, "none"]) & summary["k"].isna()
         at = summary.loc[here].set_index("policy")["accuracy"]
-        lines.append(f"Right answers under {edit}, commit {commit}: {_said(first, part, at, '.0%')}.")
-    return [*lines, "Marks: * p < .05, primary or after Holm; = not told apart."] if lines else []
+        lines.append(f"Right answers under {edit}, commit {commit}: {_said(primary[0], part, at, '.0%')}.")
+    marks = "Marks, against the first: * p < .05 after Holm; = not told apart; ? too few windows to tell."
+    return [*dict.fromkeys(lines), marks]
 
 
 def _said(first: str, pairs: pd.DataFrame, at: pd.Series, form: str) -> str:
@@ -184,5 +197,6 @@ def _said(first: str, pairs: pd.DataFrame, at: pd.Series, form: str) -> str:
 
 
 def _verdict(row: Any) -> str:
-    p = row.p if row.primary else row.p_holm
-    return "" if p != p else "*" if p < 0.05 else "="
+    if row.p_holm != row.p_holm:
+        return ""
+    return "*" if row.p_holm < 0.05 else "=" if row.least < 0.05 else "?"

@@ -19,12 +19,29 @@ from dhlens.policies import Dynamic, OtherEpisode, OtherStep, Policy, RandomLike
 from dhlens.scores import copy_paste, copy_rank
 from dhlens.trace import Trace
 
+POLICIES = (
+    "none",
+    "random",
+    "random by layer",
+    "static",
+    "static 20",
+    "dynamic",
+    "tail",
+    "common",
+    "other step",
+    "other episode",
+)
+"""Names of the standard policies."""
 STATIC = 20
 """Size of the static set, the paper's."""
 
 
 def standard_policies(fit: Trace, *, seed: int, span: str = "needle") -> dict[str, Policy | None]:
-    """None, random, static, dynamic and the controls; sizes are those of `dynamic` at each step but for `static 20`.
+    """None, random, static, dynamic and the controls.
+
+    At each step random, random by layer and static take as many heads as dynamic; tail and common share its heads;
+    static 20 takes all 20; other step and other episode take what was active there, none at the first step of an
+    answer. Heads that are active now may be among those of the other policies, but for `random`.
 
     `random` draws among heads that are neither static nor ever active in `fit` (all but the static ones, where few are
     left).

@@ -24,11 +24,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dhlens import hooks as sites
+from dhlens.card import digest
 from dhlens.heads import HeadSet
 from dhlens.hooks import Hook, first_key
 from dhlens.trace import Trace
 
 Heads = HeadSet | Sequence[HeadSet]
+Rows = Sequence[int] | None
 
 
 @runtime_checkable
@@ -73,25 +75,24 @@ def mean(reference: Trace) -> Edit:
     def put(z: Tensor, chosen: Tensor, layer: int) -> Tensor:
         return torch.where(chosen[..., None], means[layer].to(z), z)
 
-    return on_z("mean", put, shape=means.shape[:2])
+    return on_z("mean", put, shape=means.shape, key=digest(means))
 
 
 def resample(source: Trace, *, seed: int) -> Edit:
-    """The head puts out what it put out at the same step of an episode of `source` drawn anew for every row.
+    """The head puts out what it put out at the same step of an episode of `source`, drawn for every step.
 
-    Steps past the end of every answer in `source` take last rows.
+    Whatever else is in the pass, a step draws the same episode. Steps past the end of every answer take last rows.
 
     Raises:
         ValueError: the trace holds no head outputs or no answer row; at the call: `steps` is missing.
     """
     z = _outputs(source)
-    steps_there = _steps_there(source)
-    rng = np.random.default_rng(seed)
 
-    def rows_of(steps: Sequence[int]) -> list[int]:
-        return [int(rng.choice(_at_step(source, min(step, steps_there)))) for step in steps]
+    def drawn(step: int) -> int:
+        # a generator of the step's own, so that neither order nor company changes the draw
+        return int(np.random.default_rng([seed, step]).choice(_at_step(source, step)))
 
-    return _from_rows("resample", z, rows_of)
+    return _from_rows("resample", z, lambda steps: [drawn(step) for step in steps], key=f"seed {seed}, {digest(z)}")
 
 
 def patch(source: Trace) -> Edit:
@@ -104,9 +105,8 @@ def patch(source: Trace) -> Edit:
     """
     if len(source.episodes) != 1:
         raise ValueError(f"a patch comes from the trace of one episode, got {len(source.episodes)}")
-    last = _steps_there(source)
     z = _outputs(source)
-    return _from_rows("patch", z, lambda steps: [_at_step(source, min(step, last))[0] for step in steps])
+    return _from_rows("patch", z, lambda steps: [_at_step(source, step)[0] for step in steps], key=digest(z))
 
 
 def uniform() -> Edit:
@@ -140,26 +140,21 @@ def hide(positions: Sequence[int]) -> Edit:
             raise ValueError("hide would leave a row without any key to see; keep one, such as the row's own token")
         return scores.masked_fill(chosen[..., None] & gone, float("-inf"))
 
-    return on_scores("hide", without)
+    return on_scores("hide", without, key=digest(wanted))
 
 
-def on_z(name: str, change: Callable[[Tensor, Tensor, int], Tensor], *, shape: Any = None) -> Edit:
+def on_z(name: str, change: Callable[[Tensor, Tensor, int], Tensor], *, shape: Any = None, key: str = "") -> Edit:
     """An edit of head outputs, the way to one of your own: `on_z("half", lambda z, chosen, layer: ...)`.
 
     Args:
         name: as it stands in tables.
         change: from z [batch query head d_head], chosen (bool [batch query head]) and the layer to the new z.
-        shape: (layers, heads) of the model it is made for, where it is made for one.
+        shape: (layers, heads) of the model it is made for, where it is made for one, and d_head, where that counts.
+        key: what tells it from others of its name: a run's card holds it.
     """
 
-    def edit(
-        heads: Heads,
-        *,
-        rows: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-        keys: int | None = None,
-    ) -> list[Hook]:
-        chosen = _Chosen.of(heads, rows, steps, shape)
+    def edit(heads: Heads, *, rows: Rows = None, steps: Rows = None, keys: int | None = None) -> list[Hook]:
+        chosen = _Chosen.of(heads, rows, steps, None if shape is None else shape[:2])
 
         def at(layer: int) -> Hook:
             def fn(z: Float[Tensor, "batch query head d_head"], hook: Any) -> Tensor:
@@ -169,26 +164,20 @@ def on_z(name: str, change: Callable[[Tensor, Tensor, int], Tensor], *, shape: A
 
         return [at(layer) for layer in chosen.layers()]
 
-    edit.__name__ = name
-    return edit
+    return _named(edit, name, key, shape)
 
 
-def on_scores(name: str, change: Callable[[Tensor, Tensor, int | None], Tensor]) -> Edit:
+def on_scores(name: str, change: Callable[[Tensor, Tensor, int | None], Tensor], *, key: str = "") -> Edit:
     """An edit of attention scores before the softmax, as `on_z`.
 
     Args:
         name: as it stands in tables.
         change: from masked scores [batch head query key], chosen (bool [batch head query]) and `keys` (see `Edit`) to
             new scores. A key that cannot be seen has a score near the dtype's least or -inf.
+        key: as in `on_z`.
     """
 
-    def edit(
-        heads: Heads,
-        *,
-        rows: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-        keys: int | None = None,
-    ) -> list[Hook]:
+    def edit(heads: Heads, *, rows: Rows = None, steps: Rows = None, keys: int | None = None) -> list[Hook]:
         chosen = _Chosen.of(heads, rows, steps, None)
 
         def at(layer: int) -> Hook:
@@ -200,7 +189,35 @@ def on_scores(name: str, change: Callable[[Tensor, Tensor, int | None], Tensor])
 
         return [at(layer) for layer in chosen.layers()]
 
-    edit.__name__ = name
+    return _named(edit, name, key)
+
+
+def check_edit(edit: Any, shape: tuple[int, int], d_head: int) -> None:
+    """Refuse what is no edit, or one made for another model, before any pass.
+
+    Raises:
+        TypeError: it cannot be called as an edit is.
+        ValueError: it was made for other dimensions.
+    """
+    made_for = getattr(edit, "shape", None)
+    if made_for is not None and tuple(made_for) != (*shape, d_head)[: len(made_for)]:
+        raise ValueError(
+            f"the edit {edit.__name__!r} holds outputs of {tuple(made_for)} (layers, heads, d_head), "
+            f"the model has {(*shape, d_head)}"
+        )
+    try:
+        edit(HeadSet([(0, 0)], shape), rows=[0], steps=[0], keys=1)
+    except TypeError as error:
+        name = getattr(edit, "__name__", type(edit).__name__)
+        raise TypeError(
+            f"an edit is called with heads, rows=, steps= and keys=, which {name!r} does not take (write dh.zero(), "
+            "not dh.zero)"
+        ) from error
+
+
+def _named(edit: Any, name: str, key: str, shape: Any = None) -> Edit:
+    """The edit with the name it has in tables, what tells it apart, and what it was made for."""
+    edit.__name__, edit.key, edit.shape = name, key, shape
     return edit
 
 
@@ -211,17 +228,14 @@ def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
 def _outputs(trace: Trace) -> Float[Tensor, "n layer head d_head"]:
     if trace.z is None:
         raise ValueError("the trace holds no head outputs: observe it with Capture(z=True)")
+    if not bool((trace.step >= 0).any()):
+        raise ValueError("head outputs are taken from generation steps, and the source trace has none")
     return trace.z
 
 
-def _steps_there(trace: Trace) -> int:
-    if not bool((trace.step >= 0).any()):
-        raise ValueError("head outputs are taken from generation steps, and the source trace has none")
-    return int(trace.step.max())
-
-
 def _at_step(trace: Trace, step: int) -> list[int]:
-    found = (trace.step == step).nonzero().flatten().tolist()
+    """Rows at a step; past the last one, rows there."""
+    found = (trace.step == min(step, int(trace.step.max()))).nonzero().flatten().tolist()
     if not found:
         raise ValueError(f"the source trace has no row at step {step}; it has steps up to {int(trace.step.max())}")
     return found
@@ -261,17 +275,15 @@ class _Chosen:
 
 
 def _from_rows(
-    name: str, z: Float[Tensor, "n layer head d_head"], rows_of: Callable[[Sequence[int]], list[int]]
+    name: str,
+    z: Float[Tensor, "n layer head d_head"],
+    rows_of: Callable[[Sequence[int]], list[int]],
+    *,
+    key: str,
 ) -> Edit:
     """Each row takes the outputs of one row of a trace, which `rows_of` finds for its step."""
 
-    def edit(
-        heads: Heads,
-        *,
-        rows: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-        keys: int | None = None,
-    ) -> list[Hook]:
+    def edit(heads: Heads, *, rows: Rows = None, steps: Rows = None, keys: int | None = None) -> list[Hook]:
         if steps is None:
             raise ValueError("this edit takes each row from the same step of a trace: say steps=, one per row")
         source = z[rows_of(steps)]
@@ -281,7 +293,6 @@ def _from_rows(
             there[slice(None) if rows is None else list(rows)] = source[:, layer].to(there)
             return torch.where(chosen[..., None], there.reshape(now.shape), now)
 
-        return on_z(name, change, shape=z.shape[1:3])(heads, rows=rows, steps=steps, keys=keys)
+        return on_z(name, change, shape=z.shape[1:])(heads, rows=rows, steps=steps, keys=keys)
 
-    edit.__name__ = name
-    return edit
+    return _named(edit, name, key, z.shape[1:])

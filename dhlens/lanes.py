@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
-from dhlens.edits import Edit, zero
+from dhlens.edits import Edit, check_edit, zero
 from dhlens.engine import observation_card
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
@@ -87,7 +87,7 @@ def decode(
         progress: show a bar.
 
     Returns:
-        Name to Trace, with `heads_used`, and `clean` where the lane's policy read.
+        Name to Trace, with `heads_used`, and `clean`, the clean read of each step, where any lane's policy reads.
 
     Raises:
         ValueError: see `limits.check_episodes`; no lane, an unknown commit, `prompt=True` with a policy that reads.
@@ -95,7 +95,7 @@ def decode(
 
     Source: arXiv 2602.11162, section 4 (two passes per step). It does not say whose keys and values stay.
     """
-    chosen = checked_lanes(lanes, model.shape, commit=commit, prompt=prompt, batch=batch)
+    chosen = checked_lanes(lanes, model, commit=commit, prompt=prompt, batch=batch)
     at_least_one(max_new_tokens)
     check_episodes(model, episodes, max_new_tokens=max_new_tokens)
     card = observation_card(model, capture=capture, max_new_tokens=max_new_tokens, commit=commit, edit_prompt=prompt)
@@ -135,24 +135,26 @@ def decode_on(
     Without a stream each lane's prompt is fed here, under the lane's edit.
     """
     found: dict[str, Trace] = {}
+    # one lane that reads makes all of them read, to their end: clean reads are aligned with the rows of each trace
+    reading = any(lane.policy is not None and lane.policy.needs_read for lane in lanes.values())
     size = batch if stream is not None else 1
     for names in (list(lanes)[at : at + size] for at in range(0, len(lanes), size)):
         branch = _edited_prompt(model, episode, lanes[names[0]]) if stream is None else stream.fork(len(names))
         runs = [_Run(name, lanes[name].policy, lanes[name].edit or zero()) for name in names]
-        _decode_lanes(model, branch, episode, runs, card, commit, max_new_tokens, capture)
+        _decode_lanes(model, branch, episode, runs, card, commit, max_new_tokens, capture, reading=reading)
         found |= {run.name: _trace(model, episode, run, card) for run in runs}
     return found
 
 
 def checked_lanes(
     lanes: Mapping[str, Lane | Policy | None],
-    shape: tuple[int, int],
+    model: Model,
     *,
     commit: str,
     prompt: bool = False,
     batch: int = 16,
 ) -> dict[str, Lane]:
-    """The lanes as `Lane`s, fit for a model of this shape.
+    """The lanes as `Lane`s, fit for this model.
 
     Raises:
         ValueError, TypeError: see `decode`.
@@ -161,7 +163,9 @@ def checked_lanes(
     _check(chosen, commit, prompt, batch)
     for lane in chosen.values():
         if lane.policy is not None:
-            lane.policy.check(shape)
+            lane.policy.check(model.shape)
+        if lane.edit is not None:
+            check_edit(lane.edit, model.shape, model.hooked.cfg.d_head)
     return chosen
 
 
@@ -201,10 +205,10 @@ def _decode_lanes(
     commit: str,
     room: int,
     capture: Capture,
+    *,
+    reading: bool,
 ) -> None:
     alive = list(runs)
-    # to the end of every lane: clean reads are aligned with the rows of its trace
-    reading = any(run.policy is not None and run.policy.needs_read for run in runs)
     for step in range(room):
         fed = torch.tensor([[run.tokens[-1] if run.tokens else int(episode.tokens[-1])] for run in alive])
         here = stream.mark()

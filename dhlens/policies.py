@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from dhlens.card import digest
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.scores import Score, copy_paste
@@ -77,6 +78,8 @@ class Policy:
     """Whether it looks at the steps before; False spares putting them together."""
     name: str = "own"
     """As it stands in tables."""
+    key: str = ""
+    """What tells it from others of its name (heads, seed, threshold): a run's card holds it."""
     check: Callable[[Shape], None] = lambda shape: None
     """Refuses a model's (layers, heads), by ValueError, before any pass."""
 
@@ -138,13 +141,15 @@ def Dynamic(  # noqa: N802 - policies are nouns
             raise ValueError(f"top_k must lie within 0..{shape[0] * shape[1]} (the model's heads), got {top_k}")
 
     name = "dynamic" if top_k is None else f"dynamic top {top_k}"
-    return Policy(choose, needs_past=False, name=name, check=check)
+    key = f"{span}, above {threshold}, {'own score' if score else 'copy-paste'}"
+    return Policy(choose, needs_past=False, name=name, key=key, check=check)
 
 
 def Static(heads: HeadSet) -> Policy:  # noqa: N802
     """The same heads at every step."""
     check = _of_shape("heads", heads.shape)
-    return Policy(lambda now, past: heads, needs_read=False, needs_past=False, name="static", check=check)
+    key = digest(heads)
+    return Policy(lambda now, past: heads, needs_read=False, needs_past=False, name="static", key=key, check=check)
 
 
 def StaticLike(policy: Policy, ranking: Float[Tensor, "layer head"]) -> Policy:  # noqa: N802
@@ -158,7 +163,7 @@ def StaticLike(policy: Policy, ranking: Float[Tensor, "layer head"]) -> Policy: 
         return HeadSet.top_k(ranking, len(policy(now, past)))
 
     of_ranking = _of_shape("the static ranking", tuple(ranking.shape))
-    return _like((policy,), choose, f"static like {policy.name}", of_ranking)
+    return _like((policy,), choose, f"static like {policy.name}", of_ranking, key=digest(ranking))
 
 
 def RandomLike(  # noqa: N802
@@ -191,11 +196,15 @@ def RandomLike(  # noqa: N802
         return HeadSet([pool[i] for i in order[: len(like)]], now.shape)
 
     of_excluded = [] if exclude is None else [_of_shape("excluded heads", exclude.shape)]
-    return _like((policy,), choose, f"random like {policy.name}", *of_excluded)
+    key = f"seed {seed}, by layer {by_layer}, redraw {redraw}, without {digest(exclude)}"
+    return _like((policy,), choose, f"random like {policy.name}", *of_excluded, key=key)
 
 
 def OtherStep(span: str = "needle", *, seed: int, score: Scoring | None = None) -> Policy:  # noqa: N802
-    """Heads that were active at an earlier step of the same answer, drawn per step; none where there was none."""
+    """Heads that were active at an earlier step of the same answer, drawn per step; none where there was none.
+
+    They may be active now, too, and be more or fewer than now: see how many each policy takes.
+    """
     scoring: Scoring = score or (lambda trace: copy_paste(trace, span))
 
     def choose(now: StepView, past: Trace | None) -> HeadSet:
@@ -205,7 +214,7 @@ def OtherStep(span: str = "needle", *, seed: int, score: Scoring | None = None) 
         rows = active.flatten(1).any(1).nonzero().flatten().tolist()
         return HeadSet.from_mask(active[_draw(rows, now, seed)]) if rows else HeadSet([], now.shape)
 
-    return Policy(choose, name="other step")
+    return Policy(choose, name="other step", key=f"{span}, seed {seed}, {'own score' if score else 'copy-paste'}")
 
 
 def OtherEpisode(source: Trace, span: str = "needle", *, seed: int, score: Scoring | None = None) -> Policy:  # noqa: N802
@@ -227,7 +236,8 @@ def OtherEpisode(source: Trace, span: str = "needle", *, seed: int, score: Scori
         return HeadSet.from_mask(active[_draw(rows, now, seed)])
 
     of_source = _of_shape("the source trace", source.shape)
-    return Policy(choose, needs_read=False, needs_past=False, name="other episode", check=of_source)
+    key = f"seed {seed}, {digest(active, source.step, list(groups))}"
+    return Policy(choose, needs_read=False, needs_past=False, name="other episode", key=key, check=of_source)
 
 
 def _of_shape(what: str, mine: tuple[int, ...]) -> Callable[[Shape], None]:
@@ -238,7 +248,9 @@ def _of_shape(what: str, mine: tuple[int, ...]) -> Callable[[Shape], None]:
     return check
 
 
-def _like(policies: Sequence[Policy], choose: Choose, name: str, *checks: Callable[[Shape], None]) -> Policy:
+def _like(
+    policies: Sequence[Policy], choose: Choose, name: str, *checks: Callable[[Shape], None], key: str = ""
+) -> Policy:
     """A policy that calls others and needs what they need."""
 
     def check(shape: Shape) -> None:
@@ -246,7 +258,8 @@ def _like(policies: Sequence[Policy], choose: Choose, name: str, *checks: Callab
             one(shape)
 
     reads, past = any(p.needs_read for p in policies), any(p.needs_past for p in policies)
-    return Policy(choose, needs_read=reads, needs_past=past, name=name, check=check)
+    whole = "; ".join([key, *(p.key for p in policies)])
+    return Policy(choose, needs_read=reads, needs_past=past, name=name, key=whole, check=check)
 
 
 def along(policy: Policy | None, trace: Trace) -> list[HeadSet]:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dhlens.edits import Edit, zero
+from dhlens.edits import Edit, check_edit, zero
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.hooks import Hook
@@ -102,6 +102,7 @@ def effects(
         ValueError: see `limits.check_episodes`; no experiment, a step outside the answer, heads of another shape.
     """
     _check(model, episode, answer, sets, rows)
+    check_edit(edit or zero(), model.shape, model.hooked.cfg.d_head)
     _, stream = next(prefill(model, [episode]))
     with tqdm(total=len(sets), desc="effects", unit="set", disable=not progress) as bar:
         return effects_on(model, stream, episode, answer, sets, edit=edit, rows=rows, bar=bar)

@@ -12,11 +12,12 @@ import pandas as pd
 
 from dhlens.card import RunCard
 from dhlens.drafts import guesser
-from dhlens.edits import Edit, zero
+from dhlens.edits import Edit, check_edit
 from dhlens.engine import observe_on
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
-from dhlens.lanes import Lane, decode_on
+from dhlens.lanes import Lane, checked_lanes, decode_on
+from dhlens.limits import at_least_one, check_episodes
 from dhlens.model import Model
 from dhlens.policies import Policy, along
 from dhlens.reads import Capture
@@ -37,6 +38,8 @@ class PerEpisode:
 
     make: Callable[[Episode], Edit]
     """Builds the edit when the episode's turn comes."""
+    key: str = ""
+    """What tells it from others of its name: the run's card holds it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,51 @@ class Plan:
     prompt: bool
     max_new_tokens: int
     batch: int
+
+
+def conditions_of(policies: Mapping[str, Any], edits: Mapping[str, Any]) -> list[Condition]:
+    """The conditions of `dhlens.recipes.ablate`, each policy under each edit.
+
+    Raises:
+        ValueError: "none" and the untouched model are not the same.
+        TypeError: a policy is something else.
+    """
+    found: list[Condition] = []
+    for name, given in policies.items():
+        for k, policy in given.items() if isinstance(given, Mapping) else [(None, given)]:
+            if (policy is None) != (name == "none"):
+                raise ValueError(
+                    f'"none" is the untouched model, policy None, and nothing else; got {name!r}: {policy}'
+                )
+            if policy is not None and not isinstance(policy, Policy):
+                kind = type(policy).__name__
+                raise TypeError(f"policy {name!r} must be a Policy (dh.Static(heads), dh.Policy(function)), got {kind}")
+            found += [Condition(name, k, edit, policy) for edit in (edits if policy else ["none"])]
+    return found
+
+
+def check_plan(model: Model, episodes: Sequence[Episode], plan: Plan) -> None:
+    """Refuse what cannot be run, before any pass; the errors are those of `dhlens.recipes.ablate`."""
+    if not plan.commits or not plan.edits or not plan.conditions:
+        raise ValueError("an ablation needs at least one policy, one edit and one commit")
+    if len(set(plan.commits)) < len(plan.commits):
+        raise ValueError(f"each commit is run once, got {', '.join(plan.commits)}")
+    if "none" in plan.edits:
+        raise ValueError('"none" names the untouched model, give the edit another name')
+    lanes = {c.key: c.chosen for c in plan.conditions}
+    for commit in plan.commits:
+        checked_lanes(lanes, model, commit=commit, prompt=plan.prompt, batch=plan.batch)
+    for edit in plan.edits.values():
+        if not isinstance(edit, PerEpisode):
+            check_edit(edit, model.shape, model.hooked.cfg.d_head)
+    if plan.static is not None and plan.static.shape != model.shape:
+        raise ValueError(f"static heads must be of the model's shape {model.shape}, got {plan.static.shape}")
+    at_least_one(plan.max_new_tokens)
+    check_episodes(model, episodes, max_new_tokens=plan.max_new_tokens)
+    for e in episodes:
+        e.span(plan.span)
+        if e.judge("") is None:
+            raise ValueError(f"answers are judged by meta['answer_text'], and episode {e.id!r} has none")
 
 
 def trial(model: Model, stream: Stream, episode: Episode, plan: Plan, card: RunCard) -> pd.DataFrame:
@@ -106,16 +154,18 @@ def trial(model: Model, stream: Stream, episode: Episode, plan: Plan, card: RunC
 def _one_step(
     model: Model, stream: Stream, episode: Episode, clean: Trace, plan: Plan, edits: Mapping[str, Edit]
 ) -> dict[str, dict[str, Any]]:
-    """Per condition the effect of its heads at each step of the clean answer, by itself."""
+    """Per condition the effect of its heads at each step of the clean answer, by itself; the prompt stays clean."""
     clean = clean.select(clean.answer_rows())
     said, steps = clean.next_token, clean.step.tolist()
-    found: dict[str, dict[str, Any]] = {}
-    reading = [c for c in plan.conditions if c.chosen is None or not plan.prompt or not c.chosen.needs_read]
-    sets = {c.key: along(c.chosen, clean) for c in reading}
-    for name, edit in [*edits.items(), ("none", zero())]:
-        now = [c for c in reading if c.edit == name]
+    p = clean.logprob.exp().tolist()
+    zeros, yes = [0.0] * len(steps), [True] * len(steps)
+    untouched = {"step": steps, "step_heads": [0] * len(steps), "logit_change": zeros, "prob": p, "prob_clean": p}
+    found = {c.key: {**untouched, "kl": zeros, "kept": yes} for c in plan.conditions}
+    sets = {c.key: along(c.chosen, clean) for c in plan.conditions}
+    for name, edit in edits.items():
+        now = [c for c in plan.conditions if c.edit == name]
         asked = [(step, heads) for c in now for step, heads in zip(steps, sets[c.key], strict=True)]
-        if not asked:
+        if not asked:  # the model stopped at once
             continue
         table = effects_on(model, stream.fork(), episode, said, asked, edit=edit).table
         table = table.rename(columns={"size": "step_heads"})[PER_STEP]
@@ -130,12 +180,13 @@ def _answer(run: Trace, plan: Plan) -> dict[str, Any]:
     reference = episode.meta.get("needle_text") or episode.meta.get("answer_text")
     assert run.heads_used is not None
     rows = run.answer_rows()
+    sizes = run.heads_used[rows].flatten(1).sum(1).float()
     return {
         "text": outcome.text,
         "correct": bool(outcome.correct),
         "rouge_l": rouge_l(reference, outcome.text) if reference else np.nan,
         "steps": int(rows.sum()),
-        "heads": float(run.heads_used[rows].flatten(1).sum(1).float().mean()),
+        "heads": float(sizes.mean()) if len(sizes) else 0.0,
         **_compensation(run, plan.static, plan.span),
     }
 

@@ -135,6 +135,27 @@ def test_killed_and_resumed_is_the_same(model, episodes, tmp_path, monkeypatch, 
         ablate(model, episodes, POLICIES, out=tmp_path / "run", edit=dh.zero(), **SHORT)
 
 
+@pytest.mark.parametrize(
+    ("policies", "edit"),
+    [
+        ({"static": dh.Static(dh.HeadSet(["L0H0"], (3, 6)))}, dh.zero()),
+        ({"static": dh.RandomLike(LOUD, seed=1)}, dh.zero()),
+        ({"static": dh.Static(TOP)}, dh.hide([20])),
+    ],
+)
+def test_other_heads_under_the_same_name_are_other_settings(model, episodes, tmp_path, policies, edit):
+    ablate(model, episodes[:1], {"static": dh.Static(TOP)}, edit={"x": dh.hide([21])}, out=tmp_path / "r", **SHORT)
+    with pytest.raises(ValueError, match="other settings"):
+        ablate(model, episodes[:1], policies, edit={"x": edit}, out=tmp_path / "r", **SHORT)
+
+
+def test_a_model_that_stops_at_once(model, episodes):
+    first = int(dh.generate(model, episodes[:1], max_new_tokens=1, progress=False)[0].tokens[0])
+    silent = dataclasses.replace(model, stop_ids=(first,))
+    found = ablate(silent, episodes[:1], {"none": None, "dynamic": LOUD}, static=TOP, **SHORT)
+    assert not len(found.steps) and found.answers["steps"].tolist()[0] == 0 and found.notes()
+
+
 def test_a_part_cut_short_is_named(model, episodes, tmp_path, monkeypatch):
     real = ablation.trial
     monkeypatch.setattr(
@@ -160,7 +181,10 @@ def test_tables_by_hand(result):
     wide = wide.pivot_table(index=["episode", "step"], columns="policy", values="kl")
     assert mine["difference"] == pytest.approx((wide["dynamic"] - wide["static"]).mean())
     assert pairs["primary"].sum() == 2 and set(pairs[pairs["primary"]]["measure"]) == {"accuracy", "kl"}
-    assert pairs.loc[pairs["primary"], "p_holm"].isna().all() and pairs.loc[~pairs["primary"], "p_holm"].notna().any()
+    assert pairs.loc[pairs["second"] == "none", "p"].isna().all() and (pairs["p"].dropna() >= 2 / 2**3).all()
+    family = pairs[~pairs["primary"] & (pairs["measure"] == "kl") & (pairs["edit"] == "uniform")].dropna(subset=["p"])
+    assert (family["least"] == len(family) / 4).all() and (family["p_holm"] >= family["p"]).all()
+    assert family["p_holm"].min() == pytest.approx(min(1, len(family) * family["p"].min()))
     sweep = result.tables["sweep"]
     assert set(sweep["k"]) == {0, 2, 9} and (sweep.loc[sweep["k"] == 0, "accuracy"] == 1).all()
 
@@ -236,6 +260,12 @@ def test_a_policy_and_an_edit_of_ones_own(model, episodes):
         ({"edit": {}}, ValueError, "one edit"),
         ({"commit": ()}, ValueError, "one commit"),
         ({"commit": "both"}, ValueError, "'edited' or 'clean'"),
+        ({"commit": ("clean", "clean")}, ValueError, "each commit is run once"),
+        ({"policies": {"none": LOUD}}, ValueError, "untouched model"),
+        ({"policies": {"clean": None}}, ValueError, "untouched model"),
+        ({"edit": {"none": dh.zero()}}, ValueError, "give the edit another name"),
+        ({"edit": dh.zero}, TypeError, "not dh.zero"),
+        ({"causal_maps": -1}, ValueError, "at least 0, got -1"),
         ({"static": dh.HeadSet([], (2, 2))}, ValueError, "static heads must be"),
         ({"span": "fact"}, ValueError, "no span 'fact'"),
         ({"prompt": True, "policies": {"x": LOUD}}, ValueError, "must not need a read"),
@@ -296,7 +326,7 @@ def test_standard_policies(model, episodes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--edits", "zap"], "edits must be among"),
+        (["--edits", "zap"], "--edits must be one of zero, mean"),
         (["--policies", "loud"], "--policies must be one of none, random"),
         (["--ks", "x"], "--ks takes int numbers"),
         (["--n", "1"], "at least 2 groups"),

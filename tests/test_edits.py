@@ -117,7 +117,7 @@ def test_outputs_of_a_trace_are_put_in_exactly(model):
     _, got = run(model, tokens, mean(source)(HEADS), [sites.z(1)])
     torch.testing.assert_close(got[sites.z(1)][0, 7, 0], source.z[:, 1, 0].mean(0))
     drawn = set()
-    for seed in range(8):
+    for seed in range(16):
         _, got = run(model, tokens, resample(source, seed=seed)(HEADS, rows=[39], steps=[3]), [sites.z(1)])
         z = got[sites.z(1)][0, 39, 0]
         drawn |= {i for i in range(8) if torch.equal(z, source.z[i, 1, 0])}

@@ -68,9 +68,9 @@ def scan(
 def ablate(
     model: o.Model = "smollm2-135m",
     haystack: o.Haystack = None,
-    lengths: o.Lengths = "500,1000",
-    depths: o.Depths = "0.1,0.5,0.9",
-    n: o.Windows = 8,
+    lengths: o.Lengths = "500",
+    depths: o.Depths = "0.5",
+    n: o.Windows = 20,
     needle: o.Needle = "uuid",
     question: o.Question = None,
     answer: o.Answer = None,
@@ -99,14 +99,20 @@ def ablate(
     quiet: o.Quiet = False,
 ) -> None:
     """Take each step's heads away, and as many others, and measure what is left of the answers."""
-    from dhlens.controls import sized_policies, standard_policies, static_set
+    from dhlens.controls import POLICIES, sized_policies, standard_policies, static_set
     from dhlens.engine import observe
     from dhlens.episode import split_episodes
     from dhlens.reads import Capture
     from dhlens.recipes.ablation import ablate as run_ablate
-    from dhlens.recipes.standard import standard_edits
+    from dhlens.recipes.standard import EDITS, standard_edits
+    from dhlens.tasks.needles import NEEDLES
 
-    sizes = o.numbers("ks", ks, int)
+    sizes, wanted = o.numbers("ks", ks, int), o.some_of("policies", policies or ",".join(POLICIES), POLICIES)
+    how, stays = o.some_of("edits", edits, EDITS), o.some_of("commits", commits, ("edited", "clean"))
+    if "patch" in how and needle not in NEEDLES:
+        raise ValueError("--edits patch draws another answer for a twin, which only built-in needles have")
+    if batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {batch}")
     loaded, episodes = o.needle_episodes(
         model,
         haystack,
@@ -124,18 +130,20 @@ def ablate(
         repeat=repeat,
     )
     progress = not (quiet or as_json)
+    heads = loaded.n_layers * loaded.n_heads
+    if sizes and not 1 <= min(sizes) <= max(sizes) <= heads:
+        raise ValueError(f"--ks must lie within 1..{heads}, the heads of the model, got {ks}")
     first, held = split_episodes(episodes, static_from, seed=seed)
     fit = observe(loaded, first, max_new_tokens=max_new_tokens, capture=Capture(z=True), progress=progress)
-    chosen = dict(standard_policies(fit, seed=seed))
-    wanted = o.words(policies) or tuple(chosen)
-    plain = {name: {None: o.one_of("policies", name, chosen)} for name in wanted}
+    chosen = standard_policies(fit, seed=seed)
+    plain = {name: {None: chosen[name]} for name in wanted}
     sized = sized_policies(fit, sizes, seed=seed) if sizes else {}
     result = run_ablate(
         loaded,
         held,
         {name: {**plain.get(name, {}), **sized.get(name, {})} for name in {**plain, **sized}},
-        edit=standard_edits(loaded, fit, o.words(edits), seed=seed),
-        commit=o.words(commits),
+        edit=standard_edits(loaded, fit, how, seed=seed),
+        commit=stays,
         static=static_set(fit),
         max_new_tokens=max_new_tokens,
         causal_maps=causal_maps,

@@ -1,5 +1,6 @@
 """What the commands share: options of the model, the needle task and the run, and reading them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,18 @@ def one_of(option: str, value: str, known: dict[str, Any]) -> Any:
 def words(text: str) -> tuple[str, ...]:
     """Words parted by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def some_of(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Words parted by commas, each of them known.
+
+    Raises:
+        ValueError: one is not, or there is none.
+    """
+    found = words(text)
+    for word in found or ("",):
+        one_of(option, word, dict.fromkeys(known))
+    return found
 
 
 def numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:

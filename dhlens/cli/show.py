@@ -8,8 +8,7 @@ import pandas as pd
 import typer
 
 from dhlens.cli import options as o
-
-_CONDITION = ["policy", "k", "edit", "commit"]
+from dhlens.contrasts import CONDITION
 
 
 def show(
@@ -65,7 +64,7 @@ def _measures(folder: str, result: Any) -> pd.DataFrame:
         return result.dynamics.table.set_index("metric")[["value", "low", "high"]]
     if "summary" not in result.tables:
         raise ValueError(f"{folder} has no answers to compare: the untouched model gave no right one")
-    return result.tables["summary"].set_index(_CONDITION)[["accuracy", "rouge_l", "kept", "kl"]]
+    return result.tables["summary"].set_index(CONDITION)[["accuracy", "rouge_l", "kept", "kl"]]
 
 
 def _values(result: Any) -> dict[str, Any]:

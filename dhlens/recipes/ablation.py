@@ -7,8 +7,8 @@
 
 For every episode: (1) observe its clean answer; (2) under every policy and edit, the one-step effect on each token of
 that answer, nothing else touched (`dhlens.effects`); (3) under every policy, edit and commit, the whole answer
-(`dhlens.decode`). With `out=` the run is a folder that is resumed after a kill, one file per episode. Cost: about a
-second per condition and episode for SmolLM2 on two cores; `benchmarks/ablate.py`.
+(`dhlens.decode`). With `out=` the run is a folder that is resumed after a kill, one file per episode. Cost: two hooked
+rows per lane and step: one to two seconds per condition and UUID episode for SmolLM2 on one core.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,15 +31,16 @@ from dhlens.edits import Edit, zero
 from dhlens.engine import observation_card
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
-from dhlens.lanes import checked_lanes
-from dhlens.limits import at_least_one, check_episodes
 from dhlens.model import Model
 from dhlens.policies import Policy
 from dhlens.prefix import prefill
 from dhlens.render import Report, report
 from dhlens.render.ablate import ablation_pictures
 from dhlens.store import Run
-from dhlens.trial import CAPTURE, PER_STEP, Condition, PerEpisode, Plan, trial
+from dhlens.trial import CAPTURE, PER_STEP, PerEpisode, Plan, check_plan, conditions_of, trial
+
+_SHOWN = ("summary", "contrasts", "sweep")
+"""Tables that are printed and stand in the report."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class Ablation:
             found["sweep"] = contrasts.sweep(right, seed=self.seed)
         if self.causal is not None:
             found |= {"causal": self.causal, "agreement": agreement_table(self.causal)}
-        return {name: table for name, table in found.items() if len(table)}
+        return {name: table for name, table in found.items() if len(table) or name in ("answers", "steps")}
 
     def notes(self) -> list[str]:
         """What was ablated, and what the contrasts say, in sentences."""
@@ -87,12 +88,13 @@ class Ablation:
         lines = [f"{right} of {len(episodes)} episodes answered untouched, {episodes['group'].nunique()} windows."]
         if "summary" not in self.tables:
             return [*lines, "Nothing to compare: the untouched model answered none."]
-        return [*lines, *contrasts.in_words(self.tables["summary"], self.tables.get("contrasts"))]
+        return [*lines, *contrasts.in_words(self.tables["summary"], self.tables.get("contrasts"), self.primary)]
 
     def summary(self) -> str:
         """Notes, summary and contrasts, as text."""
-        shown = [self.tables[name] for name in ("summary", "contrasts", "sweep") if name in self.tables]
-        return "\n\n".join([*self.notes(), *(_aligned(table) for table in shown)])
+        shown = [self.tables[name] for name in _SHOWN if name in self.tables]
+        texts = [t.to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep="-") for t in shown]
+        return "\n\n".join([*self.notes(), *texts])
 
     def figures(self) -> dict[str, tuple[Figure, str]]:
         """The pictures of the report, each with its caption; those that have nothing to show are left out."""
@@ -100,7 +102,7 @@ class Ablation:
 
     def report(self) -> Report:
         """One self-contained HTML page."""
-        shown = {name: self.tables[name] for name in ("summary", "contrasts", "sweep") if name in self.tables}
+        shown = {name: self.tables[name] for name in _SHOWN if name in self.tables}
         title = f"Taking heads away from {self.card.model}"
         return report(title, tables=shown, figures=self.figures(), card=self.card, notes=self.notes(), max_rows=100)
 
@@ -162,8 +164,8 @@ def ablate(
         causal_maps: of how many answered episodes, the first ones, every single head is tried at every step.
         batch: most lanes at once.
         seed: of the bootstrap and the permutations; policies and edits have their own.
-        out: folder of the run; begun, resumed or, if finished with the same settings, read. Functions of your own are
-            known there by their names only.
+        out: folder of the run; begun, resumed or, if finished with the same settings, read. Its card knows policies and
+            edits by what they were made of; functions of your own by their names, so give each its own.
         progress: show a bar.
 
     Raises:
@@ -175,9 +177,11 @@ def ablate(
     """
     edits = edit if isinstance(edit, Mapping) else {_name_of(edit): edit or zero()}
     commits = [commit] if isinstance(commit, str) else list(commit)
-    conditions = _conditions(policies, edits)
+    if causal_maps < 0:
+        raise ValueError(f"causal_maps must be a number of episodes, at least 0, got {causal_maps}")
+    conditions = conditions_of(policies, edits)
     plan = Plan(conditions, edits, commits, static, span, prompt, max_new_tokens, batch)
-    _check(model, episodes, plan)
+    check_plan(model, episodes, plan)
     card = _card(model, episodes, plan, primary=list(primary), causal_maps=causal_maps, stats_seed=seed)
     run = None if out is None else Run.open(out, card)
     if run is not None and run.finished:
@@ -237,43 +241,17 @@ def _causal_maps(
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
-def _conditions(policies: Mapping[str, Any], edits: Mapping[str, Any]) -> list[Condition]:
-    found: list[Condition] = []
-    for name, given in policies.items():
-        for k, policy in given.items() if isinstance(given, Mapping) else [(None, given)]:
-            if policy is None:
-                found.append(Condition("none", None, "none", None))
-            else:
-                found += [Condition(name, k, edit, policy) for edit in edits]
-    return list(dict.fromkeys(found))
-
-
 def _name_of(edit: Any) -> str:
     return "zero" if edit is None else str(getattr(edit, "__name__", type(edit).__name__))
 
 
-def _check(model: Model, episodes: Sequence[Episode], plan: Plan) -> None:
-    if not plan.commits or not plan.edits or not plan.conditions:
-        raise ValueError("an ablation needs at least one policy, one edit and one commit")
-    for commit in plan.commits:
-        lanes = {c.key: c.chosen for c in plan.conditions}
-        checked_lanes(lanes, model.shape, commit=commit, prompt=plan.prompt, batch=plan.batch)
-    for name, edit in plan.edits.items():
-        if not callable(edit) and not isinstance(edit, PerEpisode):
-            raise TypeError(f"edit {name!r} must be an edit such as dh.zero(), got {type(edit).__name__}")
-    if plan.static is not None and plan.static.shape != model.shape:
-        raise ValueError(f"static heads must be of the model's shape {model.shape}, got {plan.static.shape}")
-    at_least_one(plan.max_new_tokens)
-    check_episodes(model, episodes, max_new_tokens=plan.max_new_tokens)
-    for e in episodes:
-        e.span(plan.span)
-
-
 def _card(model: Model, episodes: Sequence[Episode], plan: Plan, **settings: Any) -> RunCard:
     card = observation_card(model, capture=CAPTURE, max_new_tokens=plan.max_new_tokens).with_episodes(episodes)
+    policies = {c.key: f"{c.chosen.name} ({c.chosen.key})" if c.chosen else "untouched" for c in plan.conditions}
     return card.with_settings(
         recipe="ablate",
-        conditions=[f"{c.key}: {c.chosen.name if c.chosen else 'untouched'}" for c in plan.conditions],
+        conditions=policies,
+        edits={name: str(getattr(edit, "key", "")) for name, edit in plan.edits.items()},
         commits=list(plan.commits),
         edit_prompt=plan.prompt,
         static=[list(head) for head in plan.static] if plan.static else None,
@@ -292,7 +270,3 @@ def _tables(whole: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     kinds = {"step": int, "step_heads": int, "kept": bool, "logit_change": float, "prob": float, "prob_clean": float}
     steps = steps.astype({**kinds, "kl": float}).rename(columns={"step_heads": "heads"}).reset_index(drop=True)
     return answers.loc[:, [*keys, *(c for c in answers if c not in keys)]], steps
-
-
-def _aligned(table: pd.DataFrame) -> str:
-    return table.to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep="-")

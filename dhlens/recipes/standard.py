@@ -1,7 +1,9 @@
 """The edits of the standard ablation, by name: what `dhlens ablate --edits` offers."""
 
+import zlib
 from collections.abc import Callable, Sequence
 
+from dhlens.card import digest
 from dhlens.edits import Edit, hide, mean, patch, resample, uniform, zero
 from dhlens.engine import replay
 from dhlens.episode import Episode
@@ -10,6 +12,8 @@ from dhlens.reads import Capture
 from dhlens.tasks import niah
 from dhlens.trace import Trace
 from dhlens.trial import PerEpisode
+
+EDITS = ("zero", "mean", "uniform", "resample", "patch", "hide")
 
 
 def standard_edits(
@@ -29,13 +33,18 @@ def standard_edits(
         kept = Capture(z=True, focus=(), hidden=())
         return patch(replay(model, [other], [other.answer], capture=kept, progress=False))
 
+    def resampled(e: Episode) -> Edit:
+        return resample(fit, seed=zlib.crc32(f"{seed}/{e.id}".encode()))
+
+    if "resample" in names:
+        resample(fit, seed=seed)  # refuses a trace without head outputs at once
     known: dict[str, Callable[[], Edit | PerEpisode]] = {
         "zero": zero,
         "mean": lambda: mean(fit),
         "uniform": uniform,
-        "resample": lambda: resample(fit, seed=seed),
-        "patch": lambda: PerEpisode(from_twin),
-        "hide": lambda: PerEpisode(lambda e: hide(range(e.span(span).start, e.span(span).stop))),
+        "resample": lambda: PerEpisode(resampled, f"seed {seed}, {digest(fit.z)}"),
+        "patch": lambda: PerEpisode(from_twin, f"seed {seed}"),
+        "hide": lambda: PerEpisode(lambda e: hide(range(e.span(span).start, e.span(span).stop)), span),
     }
     unknown = [name for name in names if name not in known]
     if unknown or not names:
