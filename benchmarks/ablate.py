@@ -4,13 +4,14 @@
     python benchmarks/ablate.py --haystack walden.txt --pairs 3
 
 `effects`       32 steps x 4 policies on a 1,000-token episode in shadow rows, and the same sets fed one row at a time:
-                clean up to the step, one edited row, back; the same numbers, compared
+                clean up to the step, one edited row, back; the same numbers, compared; behind a prompt that is there
 `causal map`    every single head at 24 steps of a 1,000-token episode, exactly; peak memory over the loaded process
 """
 
 import argparse
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 import dhlens as dh
 from dhlens.policies import along
+from dhlens.shadow import effects_on
 from dhlens.tasks import niah
 
 
@@ -42,10 +44,11 @@ def effects_table(model: dh.Model, episode: dh.Episode, trace: dh.Trace, pairs: 
     sets = [(step, heads) for policy in policies for step, heads in enumerate(along(policy, clean))]
     rows = []
     for k in range(pairs + 1):
+        _, prompt = next(iter(dh.prefill(model, [episode])))
         begin = time.perf_counter()
-        fast = dh.effects(model, episode, said, sets)
+        fast = effects_on(model, prompt, episode, said, sets)
         middle = time.perf_counter()
-        slow = loop(model, episode, said, sets)
+        slow = loop(prompt, episode, said, sets)
         end = time.perf_counter()
         difference = float((fast.logit - slow["logit"]).abs().max())
         same = bool((fast.kept == slow["kept"]).all())
@@ -56,11 +59,10 @@ def effects_table(model: dh.Model, episode: dh.Episode, trace: dh.Trace, pairs: 
 
 
 @torch.no_grad()
-def loop(model: dh.Model, episode: dh.Episode, said: torch.Tensor, sets: Any) -> dict[str, torch.Tensor]:
+def loop(prompt: Any, episode: dh.Episode, said: torch.Tensor, sets: Any) -> dict[str, torch.Tensor]:
     """What one writes by hand: per policy, step after step, an edited row, back, the clean row."""
     edit, found = dh.zero(), []
     by_policy = [sets[i : i + len(said)] for i in range(0, len(sets), len(said))]
-    _, prompt = next(iter(dh.prefill(model, [episode])))
     fed = torch.cat([episode.tokens[-1:], said[:-1]])
     for part in by_policy:
         stream = prompt.fork()
@@ -98,10 +100,12 @@ def main() -> None:
     model = dh.load("smollm2-135m", device="cpu")
     episode, trace = answered(model, args.haystack, seed=0)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, table in (
-        ("causal_map", map_table(model, episode, trace, (64, 256))),
-        ("effects", effects_table(model, episode, trace, args.pairs)),
-    ):
+    parts: dict[str, Callable[[], pd.DataFrame]] = {
+        "effects": lambda: effects_table(model, episode, trace, args.pairs),
+        "causal_map": lambda: map_table(model, episode, trace, (64, 256)),
+    }
+    for name, part in parts.items():
+        table = part()
         print(f"\n{name}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}", flush=True)  # noqa: T201
         table.to_csv(args.out / f"{name}.csv", index=False)
 
