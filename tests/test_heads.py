@@ -1,6 +1,5 @@
 """Head sets: spellings, algebra, ranking and random draws."""
 
-
 import pytest
 import torch
 
