@@ -20,17 +20,16 @@ def show(
     if other is None:
         say(_load(run), run, as_json)
         return
-    runs = {str(folder): _load(folder) for folder in (run, other)}
-    if len({type(result) for result in runs.values()}) > 1:
+    first, second = _load(run), _load(other)
+    if type(first) is not type(second):
         raise ValueError(f"{run} and {other} are runs of different commands and have no measures in common")
-    tables = {folder: _measures(folder, result) for folder, result in runs.items()}
-    cards = [_card(result) for result in runs.values()]
-    differences = cards[0].differences(cards[1])
+    differences = _card(first).differences(_card(second))
     if as_json:
-        values = {folder: _values(result) for folder, result in runs.items()}
+        values = {str(run): _values(first), str(other): _values(second)}
         typer.echo(json.dumps({"values": values, "differences": differences}))
         return
-    both = pd.concat(list(tables.values()), axis=1, keys=list(tables))
+    tables = [_measures(str(run), first), _measures(str(other), second)]
+    both = pd.concat(tables, axis=1, keys=[str(run), str(other)])
     typer.echo(both.to_string(float_format=lambda x: f"{x:,.4f}", na_rep=""))
     typer.echo("\nsettings that differ:\n" + ("\n".join(differences) or "none"))
 
