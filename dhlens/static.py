@@ -42,7 +42,8 @@ def _fit_rows(group: np.ndarray, fraction: float, seed: int) -> Bool[np.ndarray,
         first = split_groups(group, fraction, seed=seed)
     except ValueError as error:
         raise ValueError(
-            f"static_from={fraction} fits on some groups and measures the others, or is a score per head: {error}"
+            f"static_from={fraction} is a share of the groups to fit on: {error}; "
+            "add haystack windows, or pass a ranking (a score per head)"
         ) from None
     return np.isin(group, sorted(first))
 

@@ -179,8 +179,8 @@ def test_the_static_ranking_is_that_of_top_k():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"static_from": 0.5, "groups": ["a"] * 3}, "come from 1 group: add haystack windows, or pass a ranking"),
-        ({"static_from": 1.0}, r"within 0\.\.1, or a score per head, got 1\.0"),
+        ({"static_from": 0.5, "groups": ["a"] * 3}, "got 1; add haystack windows, or pass a ranking"),
+        ({"static_from": 1.0}, r"between 0 and 1, got 1\.0"),
         ({"static_from": torch.zeros(3, 2)}, r"one number per head, shape \(2, 3\), got shape \(3, 2\)"),
         ({"static_from": torch.full((2, 3), torch.nan)}, "got NaN"),
         ({"ks": (0, 20)}, r"at least 1 each, got \(0, 20\)"),
