@@ -1,11 +1,7 @@
 """Agreement: are the heads that attention calls dynamic the heads that the next token depends on?
 
-Attention says where a head looks, a causal map (`dhlens.causal_map`) what its absence does to the very next token. At
-each step of an answer:
-
-- `rank_agreement`: do both put the heads in the same order, and how far up does the causal order hold the active heads?
-- `agreement_curve`: how much of the whole causal effect do the active heads carry, beside what as many heads could
-  carry at best and would carry by chance?
+Attention says where a head looks, a causal map (`dhlens.causal_map`) what its absence does to the very next token. Do
+both put the heads of a step in the same order, and how far up does the causal order hold the active heads?
 
 One row per step; a mean with its interval is `dhlens.stats.grouped_mean` over the steps of many episodes. Effects of
 single heads do not add up to the effect of a set: for that, ask `dhlens.effects` with the set itself. Cost: a few
@@ -55,40 +51,6 @@ def rank_agreement(
         for step, (effect, look, on) in enumerate(zip(effects, looks, found, strict=True))
     ]
     return pd.DataFrame(rows, columns=_COLUMNS)
-
-
-def agreement_curve(causal: Float[Tensor, "step layer head"], active: Bool[Tensor, "step layer head"]) -> pd.DataFrame:
-    """Share of a step's summed single-head effects that its active heads carry, between chance and the best.
-
-    Args:
-        causal: Effect of each head, at least 0: KL.
-        active: The heads called dynamic.
-
-    Returns:
-        One row per step: step, n_active, and the shares 0..1 of the active heads (`active`), of the n_active strongest
-        heads (`best`) and of n_active random ones (`random`: the exact expectation, n_active / heads). NaN at a step
-        where no head has an effect.
-
-    Raises:
-        ValueError: arrays of different shapes, no head, NaN, or an effect below 0.
-    """
-    _check(active, causal=causal)
-    if (causal < 0).any():
-        raise ValueError(f"shares need effects of at least 0, such as KL, got {float(causal.min()):.3g}")
-    effects, found = (x.detach().flatten(1).cpu().numpy() for x in (causal.double(), active))
-    count, total = found.sum(1), effects.sum(1)
-    total = np.where(total > 0, total, np.nan)
-    falling = np.sort(effects, axis=1)[:, ::-1]
-    strongest = np.arange(effects.shape[1]) < count[:, None]
-    return pd.DataFrame(
-        {
-            "step": np.arange(len(effects)),
-            "n_active": count,
-            "active": (effects * found).sum(1) / total,
-            "best": (falling * strongest).sum(1) / total,
-            "random": np.where(np.isnan(total), np.nan, count / effects.shape[1]),
-        }
-    )
 
 
 def _spearman(effect: np.ndarray, look: np.ndarray) -> float:

@@ -38,16 +38,17 @@ def summary(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.Data
     (share of argmaxes) and kl (nats).
     """
     rows = []
-    one_step = dict(_grouped(steps, _ONE_STEP))
     for key, part in _grouped(answers, CONDITION):
         row = dict(zip(CONDITION, key, strict=True))
         row |= {"n": len(part), "groups": part["group"].nunique(), "heads": part["heads"].mean()}
-        alone = _same(one_step, key[:3])
-        row |= {"step_heads": alone["heads"].mean()}
-        row |= _means(part, {"accuracy": "correct", "rouge_l": "rouge_l"}, seed)
-        row |= _means(alone, {"kept": "kept", "kl": "kl"}, seed)
-        rows.append(row)
-    return pd.DataFrame(rows)
+        rows.append(row | _means(part, {"accuracy": "correct", "rouge_l": "rouge_l"}, seed))
+    alone = []
+    for key, part in _grouped(steps, _ONE_STEP):
+        row = dict(zip(_ONE_STEP, key, strict=True)) | {"step_heads": part["heads"].mean()}
+        alone.append(row | _means(part, {"kept": "kept", "kl": "kl"}, seed))
+    if not alone:  # no answer had a step
+        return pd.DataFrame(rows)
+    return pd.DataFrame(rows).merge(pd.DataFrame(alone), on=_ONE_STEP, how="left")
 
 
 def sweep(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
@@ -159,14 +160,6 @@ def _grouped(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.DataF
     """Key and rows of each group, in order of first appearance; NaN is a key like others."""
     groups: Any = table.groupby(by, dropna=False, sort=False)
     yield from groups
-
-
-def _same(parts: dict[Any, pd.DataFrame], key: tuple[Any, ...]) -> pd.DataFrame:
-    """The part of this key, NaN being equal to NaN; no rows where there is none."""
-    for found, part in parts.items():
-        if all(a == b or (a != a and b != b) for a, b in zip(found, key, strict=True)):
-            return part
-    return pd.DataFrame({name: pd.Series(dtype=float) for name in ("group", "heads", "kept", "kl")})
 
 
 def in_words(summary: pd.DataFrame, pairs: pd.DataFrame | None, primary: tuple[str, str]) -> list[str]:

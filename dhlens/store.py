@@ -1,7 +1,7 @@
 """Saving and loading: a Trace as one safetensors file, tables as parquet, a run as a folder that can be resumed.
 
-`save_trace` and `load_trace` keep every field exactly. `Run` is what recipes write into: one shard per episode, so that
-a killed run goes on where it stopped and ends with the same Trace.
+`save_trace` and `load_trace` keep every field exactly. `Run` is what recipes write into, one shard per episode: a
+killed run goes on where it stopped and ends the same.
 
     card.json                          where the numbers come from; only the same settings resume a run
     shards/<episode id>.safetensors    the Trace of one episode, or .parquet: a table of one episode
@@ -186,23 +186,20 @@ class Run:
         return Trace.cat([load_trace(self._shard(i)) for i in ids])
 
     def save_part(self, episode_id: str, table: pd.DataFrame) -> None:
-        """Write the table of one episode.
-
-        Raises:
-            ValueError: the episode is done.
-            OSError: it could not be written.
-        """
+        """Write the table of one episode. Raises ValueError where it is done, OSError where it cannot be written."""
         if self.done(episode_id):
             raise ValueError(f"episode {episode_id!r} is done in {self.folder}, and results are never overwritten")
-        save_table(table, self._part(episode_id))
+        marked = table.copy(deep=False)
+        marked.attrs.update(self._mark(episode_id))
+        save_table(marked, self._part(episode_id))
 
     def load_part(self, episode_id: str) -> pd.DataFrame:
-        """What `save_part` wrote.
-
-        Raises:
-            ValueError: the file is missing or damaged.
-        """
-        return load_table(self._part(episode_id))
+        """What `save_part` wrote. Raises ValueError where it is missing, damaged, or of another episode or settings."""
+        table = load_table(self._part(episode_id))
+        if table.attrs != self._mark(episode_id):
+            raise ValueError(f"{self._part(episode_id)} comes from another episode, other settings or elsewhere")
+        table.attrs.clear()
+        return table
 
     def finish(
         self,
@@ -253,6 +250,9 @@ class Run:
     def _part(self, episode_id: str) -> Path:
         return self.folder / "shards" / f"{episode_id}.parquet"
 
+    def _mark(self, episode_id: str) -> dict[str, str]:
+        return {"episode": episode_id, "settings": self.card.fingerprint()}
+
     def _write(self, name: str, text: str) -> None:
         with replacing(self.folder / name) as fresh:
             fresh.write_text(text, encoding="utf-8")
@@ -261,7 +261,7 @@ class Run:
         advice = "delete the file and run again: its episode is done anew, all others are kept"
         for path in sorted((self.folder / "shards").glob("*.parquet")):
             try:
-                load_table(path)
+                self.load_part(path.stem)
             except ValueError as error:
                 raise ValueError(f"{error}; {advice}") from error
         for path in sorted((self.folder / "shards").glob("*.safetensors")):

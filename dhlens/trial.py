@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from dhlens.card import RunCard
 from dhlens.drafts import guesser
@@ -126,25 +129,22 @@ def trial(model: Model, stream: Stream, episode: Episode, plan: Plan, card: RunC
     clean = observe_on(model, stream.fork(), episode, guess, plan.max_new_tokens, capture=CAPTURE, card=card)
     edits = {n: e.make(episode) if isinstance(e, PerEpisode) else e for n, e in plan.edits.items()}
     one_step = _one_step(model, stream, episode, clean, plan, edits)
-    rows: list[dict[str, Any]] = []
-    for at, commit in enumerate(plan.commits):
-        # the untouched model commits nothing but its own, and is run once
-        now = [c for c in plan.conditions if c.chosen is not None or at == 0]
-        lanes = {c.key: Lane(c.chosen, edits.get(c.edit)) for c in now}
+    touched = [c for c in plan.conditions if c.chosen is not None]
+    # the clean answer is the untouched model's
+    rows = [_row(c, "none", clean, plan) | one_step[c.key] for c in plan.conditions if c.chosen is None]
+    for commit in plan.commits if touched else ():
         runs = decode_on(
             model,
             None if plan.prompt else stream.fork(),
             episode,
-            lanes,
+            {c.key: Lane(c.chosen, edits[c.edit]) for c in touched},
             commit=commit,
             max_new_tokens=plan.max_new_tokens,
             batch=plan.batch,
             capture=CAPTURE,
             card=card,
         )
-        for c in now:
-            row = {"policy": c.policy, "k": c.k, "edit": c.edit, "commit": commit if c.chosen else "none"}
-            rows.append(row | _answer(runs[c.key], plan) | one_step[c.key])
+        rows += [_row(c, commit, runs[c.key], plan) | one_step[c.key] for c in touched]
     table = pd.DataFrame(rows).astype({"k": float})
     meta = {"length": episode.meta.get("length", len(episode.tokens)), "depth": episode.meta.get("depth")}
     known = {"episode": episode.id, "group": episode.group, **meta, "answered": bool(clean.outcomes[0].correct)}
@@ -175,36 +175,40 @@ def _one_step(
     return found
 
 
-def _answer(run: Trace, plan: Plan) -> dict[str, Any]:
+def _row(condition: Condition, commit: str, run: Trace, plan: Plan) -> dict[str, Any]:
+    """What became of the answer under a condition."""
     outcome, episode = run.outcomes[0], run.episodes[0]
-    reference = episode.meta.get("needle_text") or episode.meta.get("answer_text")
-    assert run.heads_used is not None
+    reference = episode.meta.get("needle_text") or episode.meta["answer_text"]
     rows = run.answer_rows()
-    sizes = run.heads_used[rows].flatten(1).sum(1).float()
+    used = torch.zeros(len(run), *run.shape, dtype=torch.bool) if run.heads_used is None else run.heads_used
+    heads = used[rows].flatten(1).sum(1).double()
     return {
+        "policy": condition.policy,
+        "k": condition.k,
+        "edit": condition.edit,
+        "commit": commit,
         "text": outcome.text,
         "correct": bool(outcome.correct),
-        "rouge_l": rouge_l(reference, outcome.text) if reference else np.nan,
-        "steps": int(rows.sum()),
-        "heads": float(sizes.mean()) if len(sizes) else 0.0,
-        **_compensation(run, plan.static, plan.span),
+        "rouge_l": rouge_l(reference, outcome.text),
+        "steps": len(heads),
+        "heads": float(heads.mean()) if len(heads) else 0.0,
+        **_compensation(run, used, plan),
     }
 
 
-def _compensation(run: Trace, static: HeadSet | None, span: str) -> dict[str, float]:
+def _compensation(run: Trace, used: Bool[Tensor, "n layer head"], plan: Plan) -> dict[str, float]:
     """Static heads that become active when others are taken away, at a step: most, mean, share of steps with any.
+
+    None does where nothing is taken away. NaN without static heads, or where no policy read the clean step.
 
     Source: arXiv 2602.11162, A.2. Heads that are edited at the step do not count, which the paper leaves open; each
     pass is scored by the token that it predicts.
     """
-    if static is None or run.clean is None or run.heads_used is None:
-        return {"comp_max": np.nan, "comp_mean": np.nan, "comp_steps": np.nan}
-    before, after = copy_paste(run.clean, span).heads(), copy_paste(run, span).heads()
-    new = (after & ~before & ~run.heads_used & static.mask()).flatten(1).sum(1)[run.answer_rows()].double()
+    names = ("comp_max", "comp_mean", "comp_steps")
+    if plan.static is None or (run.clean is None and run.heads_used is not None):
+        return dict.fromkeys(names, np.nan)
+    before, after = (copy_paste(trace, plan.span).heads() for trace in (run.clean or run, run))
+    new = (after & ~before & ~used & plan.static.mask()).flatten(1).sum(1)[run.answer_rows()].double()
     if not len(new):
-        return {"comp_max": 0.0, "comp_mean": 0.0, "comp_steps": 0.0}
-    return {
-        "comp_max": float(new.max()),
-        "comp_mean": float(new.mean()),
-        "comp_steps": float((new > 0).double().mean()),
-    }
+        return dict.fromkeys(names, 0.0)
+    return dict(zip(names, (float(new.max()), float(new.mean()), float((new > 0).double().mean())), strict=True))

@@ -17,10 +17,9 @@ from dhlens.cli import app, main
 from dhlens.controls import static_ranking, static_set
 from dhlens.edits import on_z
 from dhlens.episode import Episode, split_episodes
-from dhlens.limits import check_episodes
 from dhlens.recipes import Ablation, PerEpisode, ablate
 from dhlens.scores import copy_paste, copy_rank
-from dhlens.trial import _compensation
+from dhlens.trial import Plan, _compensation
 
 SHORT = {"max_new_tokens": 6, "progress": False}
 TOP = dh.HeadSet(["L0H1", "L1H3", "L2H0"], (3, 6))
@@ -128,7 +127,7 @@ def test_killed_and_resumed_is_the_same(model, episodes, tmp_path, monkeypatch, 
         pd.testing.assert_frame_equal(table, again.tables[name], obj=name, check_dtype=False)
         pd.testing.assert_frame_equal(table, read.tables[name], obj=name, check_dtype=False)
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
-    assert "primary" not in read.summary() or read.primary == ("dynamic", "static")
+    assert read.primary == ("dynamic", "static") and read.summary() == (tmp_path / "run" / "summary.txt").read_text()
     monkeypatch.setattr(ablation, "trial", lambda *a: pytest.fail("a finished run was run again"))
     assert len(ablate(model, episodes, POLICIES, out=tmp_path / "run", **options, **SHORT).answers) == len(read.answers)
     with pytest.raises(ValueError, match="other settings"):
@@ -167,6 +166,9 @@ def test_a_part_cut_short_is_named(model, episodes, tmp_path, monkeypatch):
     part = next((tmp_path / "run" / "shards").glob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-40])
     with pytest.raises(ValueError, match=f"{part.name}.*delete the file"):
+        ablate(model, episodes, policies, out=tmp_path / "run", **SHORT)
+    pd.DataFrame({"answered": [True]}).to_parquet(part)
+    with pytest.raises(ValueError, match="other settings or elsewhere; delete the file"):
         ablate(model, episodes, policies, out=tmp_path / "run", **SHORT)
 
 
@@ -207,9 +209,11 @@ def test_compensation_by_hand(model, episodes):
 
     made = looks(run, after, run.next_token)
     made = dataclasses.replace(made, heads_used=used, clean=looks(run.clean, before, run.clean.next_token))
-    found = _compensation(made, TOP, "needle")
-    assert found == {"comp_max": 2.0, "comp_mean": 2 / 6, "comp_steps": 1 / 6}
-    assert math.isnan(_compensation(made, None, "needle")["comp_max"])
+    plan = Plan([], {}, [], TOP, "needle", False, 6, 16)
+    assert _compensation(made, used, plan) == {"comp_max": 2.0, "comp_mean": 2 / 6, "comp_steps": 1 / 6}
+    assert math.isnan(_compensation(made, used, dataclasses.replace(plan, static=None))["comp_max"])
+    untouched = dataclasses.replace(made, heads_used=None, clean=None)
+    assert set(_compensation(untouched, used & False, plan).values()) == {0.0}
 
 
 def test_copy_rank_takes_active_heads_first(model, episodes):
@@ -278,7 +282,6 @@ def test_bad_input_before_any_pass(model, episodes, monkeypatch, change, error, 
     arguments = {"policies": {"s": dh.Static(TOP)}, **SHORT, **change}
     with pytest.raises(error, match=message):
         ablate(model, episodes, arguments.pop("policies"), **arguments)
-    assert check_episodes(model, episodes, max_new_tokens=6) is None
 
 
 def test_causal_maps_of_answered_episodes(model, episodes, tmp_path):

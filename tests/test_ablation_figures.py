@@ -90,7 +90,7 @@ def test_grids_show_the_mean_and_number_of_each_cell():
     table = answers_table()
     table["correct"] = table["correct"].astype(object)
     table.loc[0, "correct"] = None
-    figure = figures.ablation_grids(table, policies=["dynamic", "none"])
+    figure = figures.answer_grids(table, policies=["dynamic", "none"])
     assert [a.get_title() for a in figure.axes[:2]] == ["dynamic\n50%, n=18", "none\n47%, n=17"]
     for policy in ("dynamic", "none"):
         drawn = panel(figure, policy).images[0].get_array()
@@ -108,7 +108,7 @@ def test_grids_show_the_mean_and_number_of_each_cell():
 
 
 def test_grids_of_many_policies_wrap_and_keep_their_outer_labels():
-    figure = figures.ablation_grids(answers_table([f"policy {i}" for i in range(7)]), value="rouge_l")
+    figure = figures.answer_grids(answers_table([f"policy {i}" for i in range(7)]), value="rouge_l")
     panels = figure.axes[:7]
     rows = [a.get_subplotspec().rowspan.start for a in panels]
     assert rows == [0, 0, 0, 1, 1, 1, 2]
@@ -123,14 +123,14 @@ def test_grids_give_each_edit_of_a_policy_its_panel_and_leave_the_sweep_out():
     both = pd.concat(
         [table, table[table["policy"] == "dynamic"].assign(edit="mean"), table.assign(k=5.0, correct=False)]
     )
-    titles = [a.get_title() for a in figures.ablation_grids(both).axes[:-1]]
+    titles = [a.get_title() for a in figures.answer_grids(both).axes[:-1]]
     assert titles == ["none\n50%, n=18", "dynamic, zero\n50%, n=18", "dynamic, mean\n50%, n=18"]
 
 
 def test_grids_hatch_cells_without_an_answer_and_wrap_long_names():
     table = answers_table(["(dynamic top 20 - static like dynamic)", "static", "random"])
     table = table[(table["policy"] != "static") | (table["length"] == 1000)]
-    figure = figures.ablation_grids(table)
+    figure = figures.answer_grids(table)
     axes = panel(figure, "static")
     assert axes.images[0].get_array().mask.tolist() == [[True, False, True]] * 3 and axes.patch.get_hatch()
     assert len(texts(axes)) == 3 and overlaps(figure) == []
@@ -140,7 +140,7 @@ def test_grids_bin_all_panels_alike_and_drop_text_that_does_not_fit():
     rng = np.random.default_rng(0)
     table = answers_table(["dynamic", "static"], lengths=range(10), depths=range(10), n=1)
     table = table.assign(length=rng.integers(100, 9000, 200), depth=rng.random(200))
-    figure = figures.ablation_grids(table)
+    figure = figures.answer_grids(table)
     shapes = {a.images[0].get_array().shape for a in figure.axes[:2]}
     assert shapes == {(8, 8)} and texts(figure.axes[0]) == [] and overlaps(figure) == []
     assert [a.get_title().partition("n=")[2] for a in figure.axes[:2]] == ["100", "100"]
@@ -156,7 +156,7 @@ def test_grids_bin_all_panels_alike_and_drop_text_that_does_not_fit():
 )
 def test_grids_refuse(change, options, message):
     with pytest.raises(ValueError, match=message):
-        figures.ablation_grids(answers_table().assign(**change), **options)
+        figures.answer_grids(answers_table().assign(**change), **options)
 
 
 def test_dots_stand_where_the_table_says_with_the_untouched_model_first():
@@ -355,9 +355,7 @@ def test_causal_raster_refuses():
         figures.causal_raster(kl * torch.nan, active, tokens)
 
 
-@pytest.mark.parametrize(
-    "draw", ["ablation_grids", "effect_dots", "contrast_forest", "k_sweep", "compensation", "atlas"]
-)
+@pytest.mark.parametrize("draw", ["answer_grids", "effect_dots", "contrast_forest", "k_sweep", "compensation", "atlas"])
 def test_a_missing_column_is_named(draw):
     with pytest.raises(ValueError, match=r"must have the columns .*; it lacks "):
         getattr(figures, draw)(pd.DataFrame({"policy": ["dynamic"]}))

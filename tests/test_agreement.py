@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dhlens.agreement import agreement_curve, rank_agreement
+from dhlens.agreement import rank_agreement
 
 MEASURES = ["auroc", "average_precision", "precision_at_active"]
 
@@ -85,34 +85,8 @@ def test_random_rankings_reach_chance():
 
 def test_no_step_is_an_empty_table():
     none = torch.zeros(0, 2, 3)
-    assert rank_agreement(none, none, none.bool()).empty and agreement_curve(none, none.bool()).empty
+    assert rank_agreement(none, none, none.bool()).empty
     assert list(rank_agreement(none, none, none.bool())) == list(rank_agreement(CAUSAL, CAUSAL, ACTIVE))
-
-
-def test_curve_of_a_toy_worked_by_hand():
-    causal = step(6.0, 1.0, 0.0, 0.0, 3.0, 10.0)
-    row = agreement_curve(causal, ACTIVE).iloc[0]
-    assert row.to_dict() == pytest.approx(
-        {"step": 0, "n_active": 2, "active": 9 / 20, "best": 16 / 20, "random": 2 / 6}
-    )
-
-
-def test_curve_lies_between_the_best_and_what_random_heads_average():
-    causal, _, active = random_step(1)
-    curve = agreement_curve(causal, active)
-    assert (curve["active"] <= curve["best"] + 1e-12).all() and (curve["best"] >= curve["random"]).all()
-    generator = torch.Generator().manual_seed(2)
-    flat, n = causal[0].flatten(), int(curve["n_active"][0])
-    draws = [float(flat[torch.randperm(32, generator=generator)[:n]].sum() / flat.sum()) for _ in range(4000)]
-    assert np.mean(draws) == pytest.approx(curve["random"][0], abs=0.005)
-
-
-def test_curve_at_its_ends():
-    causal = CAUSAL.repeat(2, 1, 1)
-    curve = agreement_curve(causal, torch.cat([ACTIVE & False, ACTIVE | True]))
-    assert curve[["active", "best", "random"]].to_numpy() == pytest.approx(np.array([[0.0] * 3, [1.0] * 3]))
-    dead = agreement_curve(torch.zeros(1, 2, 3), ACTIVE)
-    assert dead[["active", "best", "random"]].isna().all(axis=None) and dead["n_active"].tolist() == [2]
 
 
 @pytest.mark.parametrize(
@@ -127,8 +101,3 @@ def test_refuses(arrays, message):
     # without the shape checks of the test run, as users call it
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(rank_agreement)(*arrays)
-
-
-def test_curve_refuses_effects_below_zero():
-    with pytest.raises(ValueError, match=r"at least 0, such as KL, got -0\.6"):
-        agreement_curve(-CAUSAL, ACTIVE)

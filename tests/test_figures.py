@@ -175,32 +175,34 @@ def test_static_curve_draws_the_cap_beside_the_measures():
     assert overlaps(figure) == []
 
 
-def test_accuracy_grid_counts_judged_episodes_in_each_cell():
+def test_answer_grid_counts_judged_episodes_in_each_cell():
     table = pd.DataFrame(
         [(500, 0.1, True), (500, 0.1, False), (500, 0.9, None), (2000, 0.9, True)],
         columns=["length", "depth", "correct"],
     )
-    axes, bar = figures.accuracy_grid(table).axes
+    figure = figures.answer_grids(table)
+    axes, bar = figure.axes
     assert axes.images[0].get_array().filled(-1).tolist() == [[0.5, -1], [-1, 1.0]]
     assert texts(axes) == ["50%\nn=2", "100%\nn=1"]
     assert ticks(axes.xaxis) == ["500", "2,000"] and ticks(axes.yaxis) == ["10%", "90%"]
-    assert axes.get_xlabel() == "context length (tokens)" and bar.get_ylabel() == "right answers"
+    assert figure.get_supxlabel() == "context length (tokens)" and bar.get_xlabel() == "right answers"
+    assert axes.get_title() == "all episodes\n67%, n=3"
 
 
-def test_accuracy_grid_bins_natural_lengths_and_loses_no_episode():
+def test_answer_grid_bins_natural_lengths_and_loses_no_episode():
     rng = np.random.default_rng(0)
     table = pd.DataFrame(
         {"length": rng.integers(100, 4000, 80), "depth": rng.random(80), "correct": rng.random(80) < 0.5}
     )
-    figure = figures.accuracy_grid(table)
+    figure = figures.answer_grids(table)
     counts = [int(t.partition("n=")[2]) for t in texts(figure.axes[0])]
     assert sum(counts) == 80 and figure.axes[0].images[0].get_array().shape[0] <= 8
     assert overlaps(figure) == []
 
 
-def test_accuracy_grid_refuses_episodes_that_nobody_judged():
+def test_answer_grid_refuses_episodes_that_nobody_judged():
     with pytest.raises(ValueError, match="judged"):
-        figures.accuracy_grid(pd.DataFrame({"length": [1], "depth": [0.5], "correct": [None]}))
+        figures.answer_grids(pd.DataFrame({"length": [1], "depth": [0.5], "correct": [None]}))
 
 
 def test_accumulation_has_a_panel_for_each_quantity():
@@ -213,9 +215,7 @@ def test_accumulation_has_a_panel_for_each_quantity():
     assert bottom.get_ylabel() == "entropy (nats)" and bottom.get_xlabel() == "episodes drawn"
 
 
-@pytest.mark.parametrize(
-    "draw", ["head_map", "long_tail", "lag_curve", "static_curve", "accuracy_grid", "accumulation"]
-)
+@pytest.mark.parametrize("draw", ["head_map", "long_tail", "lag_curve", "static_curve", "answer_grids", "accumulation"])
 def test_a_missing_column_is_named(draw):
     with pytest.raises(ValueError, match=r"must have the columns .*; it lacks "):
         getattr(figures, draw)(pd.DataFrame({"other": [1]}))

@@ -36,28 +36,14 @@ def scan(
     quiet: o.Quiet = False,
 ) -> None:
     """Hide needles in a haystack, observe every step of the answers, and measure how dynamic the copying heads are."""
+    given = dict(locals())
     from dhlens.executor import Processes, serial
     from dhlens.recipes.detect import Observation
     from dhlens.recipes.detect import scan as run_scan
 
     observation = Observation(max_new_tokens=max_new_tokens, draft=o.one_of("draft", draft, _DRAFTS))
     executor = serial if workers == 1 else Processes(workers)
-    loaded, episodes = o.needle_episodes(
-        model,
-        haystack,
-        dtype=dtype,
-        device=device,
-        lengths=lengths,
-        depths=depths,
-        n=n,
-        needle=needle,
-        question=question,
-        answer=answer,
-        template=template,
-        seed=seed,
-        needles_per_cell=needles_per_cell,
-        repeat=repeat,
-    )
+    loaded, episodes = o.needle_episodes(given)
     progress = not (quiet or as_json)
     result = run_scan(
         loaded, episodes, out=out, observation=observation, seed=seed, executor=executor, progress=progress
@@ -99,6 +85,7 @@ def ablate(
     quiet: o.Quiet = False,
 ) -> None:
     """Take each step's heads away, and as many others, and measure what is left of the answers."""
+    given = dict(locals())
     from dhlens.controls import POLICIES, sized_policies, standard_policies, static_set
     from dhlens.engine import observe
     from dhlens.episode import split_episodes
@@ -113,22 +100,7 @@ def ablate(
         raise ValueError("--edits patch draws another answer for a twin, which only built-in needles have")
     if batch < 1:
         raise ValueError(f"--batch must be at least 1, got {batch}")
-    loaded, episodes = o.needle_episodes(
-        model,
-        haystack,
-        dtype=dtype,
-        device=device,
-        lengths=lengths,
-        depths=depths,
-        n=n,
-        needle=needle,
-        question=question,
-        answer=answer,
-        template=template,
-        seed=seed,
-        needles_per_cell=needles_per_cell,
-        repeat=repeat,
-    )
+    loaded, episodes = o.needle_episodes(given)
     progress = not (quiet or as_json)
     heads = loaded.n_layers * loaded.n_heads
     if sizes and not 1 <= min(sizes) <= max(sizes) <= heads:

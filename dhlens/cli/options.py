@@ -1,6 +1,6 @@
 """What the commands share: options of the model, the needle task and the run, and reading them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,47 +29,31 @@ AsJson = Annotated[bool, typer.Option("--json", help="One machine-readable line.
 Quiet = Annotated[bool, typer.Option(help="No progress bar.")]
 
 
-def needle_episodes(
-    model: str,
-    haystack: str | None,
-    *,
-    dtype: str,
-    device: str | None,
-    lengths: str,
-    depths: str,
-    n: int,
-    needle: str,
-    question: str | None,
-    answer: str | None,
-    template: str,
-    seed: int,
-    needles_per_cell: int,
-    repeat: bool,
-) -> tuple[Any, Any]:
-    """The loaded model and the needle episodes that the options ask for; what is wrong with them is said first."""
+def needle_episodes(given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The loaded model and the needle episodes that a command's options ask for; what is wrong with them is said first.
+
+    `given` holds the command's arguments by name, the options above among them.
+    """
     from dhlens.model import load
     from dhlens.tasks import niah
     from dhlens.tasks.haystack import read_haystack
 
-    chosen = _needle(needle, question, answer)
-    asked, where = numbers("lengths", lengths, int), numbers("depths", depths, float)
-    kind = one_of("dtype", dtype, DTYPES)
-    prose = read_haystack(haystack)  # before the model, which takes longer
-    loaded = load(model, dtype=kind, device=device)
+    chosen = _needle(given["needle"], given["question"], given["answer"])
+    lengths, depths = numbers("lengths", given["lengths"], int), numbers("depths", given["depths"], float)
+    dtype = one_of("dtype", given["dtype"], DTYPES)
+    prose = read_haystack(given["haystack"])  # before the model, which takes longer
+    model = load(given["model"], dtype=dtype, device=given["device"])
+    same = {name: given[name] for name in ("n", "seed", "template", "needles_per_cell", "repeat")}
     episodes = niah.episodes(
-        loaded.tokenizer,
+        model.tokenizer,
         prose,
-        lengths=asked,
-        depths=where,
-        n=n,
+        lengths=lengths,
+        depths=depths,
         needle=chosen,
-        seed=seed,
-        template=template,
-        needles_per_cell=needles_per_cell,
-        repeat=repeat,
-        max_positions=loaded.max_positions,
+        max_positions=model.max_positions,
+        **same,
     )
-    return loaded, episodes
+    return model, episodes
 
 
 def one_of(option: str, value: str, known: dict[str, Any]) -> Any:

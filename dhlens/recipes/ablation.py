@@ -11,6 +11,7 @@ that answer, nothing else touched (`dhlens.effects`); (3) under every policy, ed
 rows per lane and step: one to two seconds per condition and UUID episode for SmolLM2 on one core.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -95,6 +96,21 @@ class Ablation:
         shown = [self.tables[name] for name in _SHOWN if name in self.tables]
         texts = [t.to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep="-") for t in shown]
         return "\n\n".join([*self.notes(), *texts])
+
+    def measures(self) -> pd.DataFrame:
+        """What two ablations are compared by: accuracy, rouge_l, kept and kl by condition.
+
+        Raises:
+            ValueError: the untouched model gave no right answer.
+        """
+        if "summary" not in self.tables:
+            raise ValueError("there is nothing to compare: the untouched model gave no right answer")
+        return self.tables["summary"].set_index(contrasts.CONDITION).loc[:, ["accuracy", "rouge_l", "kept", "kl"]]
+
+    def values(self) -> dict[str, Any]:
+        """Summary, contrasts and sweep as JSON values."""
+        texts = {name: self.tables[name].to_json(orient="records") for name in _SHOWN if name in self.tables}
+        return {name: json.loads(text or "[]") for name, text in texts.items()}
 
     def figures(self) -> dict[str, tuple[Figure, str]]:
         """The pictures of the report, each with its caption; those that have nothing to show are left out."""

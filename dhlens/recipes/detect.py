@@ -58,6 +58,11 @@ class Scan:
     folder: Path | None = None
     """Where the run lies, if on disk."""
 
+    @property
+    def card(self) -> RunCard:
+        """Where the numbers come from."""
+        return self.trace.card
+
     @cached_property
     def score(self) -> Score:
         """Eq. 1 on the needle."""
@@ -85,7 +90,7 @@ class Scan:
         d = self.dynamics
         return {
             "dynamics": d.table,
-            "paper": beside_the_paper(self.trace.card.model, d),
+            "paper": beside_the_paper(self.card.model, d),
             "outcomes": outcomes(self.trace),
             "heads": d.heads,
             "static": d.static,
@@ -106,6 +111,22 @@ class Scan:
         tables = [] if self.problem else [str(self.dynamics), _aligned(self.tables["paper"])]
         return "\n\n".join([*self.notes(), *tables])
 
+    def measures(self) -> pd.DataFrame:
+        """What two scans are compared by: value, low and high by metric.
+
+        Raises:
+            ValueError: there are no dynamics.
+        """
+        return self.dynamics.table.set_index("metric").loc[:, ["value", "low", "high"]]
+
+    def values(self) -> dict[str, Any]:
+        """What was measured, as JSON values; measures without a value (too few groups or heads) are left out."""
+        if self.problem:
+            return {"problem": self.problem}
+        known = self.measures().dropna(subset="value")
+        intervals = known.dropna(subset="low")[["low", "high"]].T.to_dict("list")
+        return {**known["value"].to_dict(), "intervals": intervals}
+
     def figures(self) -> dict[str, tuple[Figure, str]]:
         """The pictures of the report, each with its caption; those that have nothing to show are left out."""
         return scan_pictures(self.score, None if self.problem else self.dynamics, self.tables["outcomes"])
@@ -114,10 +135,10 @@ class Scan:
         """One self-contained HTML page."""
         shown = {name: self.tables[name] for name in (("outcomes",) if self.problem else ("paper", "dynamics"))}
         return report(
-            f"Dynamic retrieval heads of {self.trace.card.model}",
+            f"Dynamic retrieval heads of {self.card.model}",
             tables=shown,
             figures=self.figures(),
-            card=self.trace.card,
+            card=self.card,
             notes=self.notes(),
             max_rows=100,
         )

@@ -55,7 +55,7 @@ def ablation_pictures(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[Fig
         edit, commit = ([x for x in dict.fromkeys(placed[name]) if x != "none"][:1] for name in ("edit", "commit"))
         first = placed.loc[placed["edit"].isin(["none", *edit]) & placed["commit"].isin(["none", *commit])]
         found["Length and depth"] = (
-            ablation.ablation_grids(first),
+            ablation.answer_grids(first),
             f"Right answers, all episodes{_under(edit)}.",
         )
     return found

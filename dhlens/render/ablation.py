@@ -16,10 +16,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from dhlens.render.causal import causal_raster
 from dhlens.render.conditions import EDITS, POLICIES, parts, plain, styles
 from dhlens.render.draw import BLUE, GREY, INK, ORANGE, WIDTH, curve, need
-from dhlens.render.grids import ablation_grids, atlas
+from dhlens.render.grids import answer_grids, atlas
 
 __all__ = [
-    "ablation_grids",
+    "answer_grids",
     "atlas",
     "causal_raster",
     "compensation",

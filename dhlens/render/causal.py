@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dhlens.heads import Head, head_name
-from dhlens.render.draw import BLUE, WIDTH, drawable
+from dhlens.render.draw import BLUE, WIDTH, tick
 
 _DECADES = 4
 
@@ -56,7 +56,7 @@ def causal_raster(
     right.set_axisbelow(True)
     right.tick_params(left=False)
     for axes in (left, right):
-        _frame(axes, [drawable(t) for t in tokens], shown)
+        _frame(axes, tokens, shown)
     left.set_ylabel(f"head ({len(shown)} of {total})")
     figure.supxlabel("generation step (emitted token)", fontsize=10)
     return figure
@@ -103,9 +103,8 @@ def _effects(axes: Axes, effects: np.ndarray) -> None:
     bar.ax.tick_params(labelsize=8)
 
 
-def _frame(axes: Axes, names: Sequence[str], shown: Sequence[Head]) -> None:
-    short = [n if len(n) <= 12 else f"{n[:11]}…" for n in names]
-    axes.set_xticks(range(len(short)), short, rotation=90, fontsize=8, parse_math=False)
+def _frame(axes: Axes, tokens: Sequence[str], shown: Sequence[Head]) -> None:
+    axes.set_xticks(range(len(tokens)), [tick(t) for t in tokens], rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(len(shown)), [head_name(h) for h in shown], fontsize=8)
-    axes.set_xlim(-0.5, len(short) - 0.5)
+    axes.set_xlim(-0.5, len(tokens) - 0.5)
     axes.set_ylim(len(shown) - 0.5, -0.5)

@@ -20,6 +20,12 @@ def drawable(text: str) -> str:
     return "".join(c if ord(c) in known and c.isprintable() else f"U+{ord(c):04X}" for c in visible)
 
 
+def tick(text: str, most: int = 12) -> str:
+    """`drawable` text as a tick label, cut to `most` characters."""
+    shown = drawable(text)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 def need(table: pd.DataFrame, *columns: str) -> None:
     """Refuse a table that lacks one of `columns`.
 

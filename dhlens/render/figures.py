@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dhlens.heads import HeadSet
 from dhlens.render.ablation import (
-    ablation_grids,
+    answer_grids,
     atlas,
     causal_raster,
     compensation,
@@ -22,13 +22,12 @@ from dhlens.render.ablation import (
     effect_dots,
     k_sweep,
 )
-from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, binned, curve, need, one, whole_ticks
+from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, curve, need, one, whole_ticks
 from dhlens.render.raster import raster
 
 __all__ = [
-    "ablation_grids",
     "accumulation",
-    "accuracy_grid",
+    "answer_grids",
     "atlas",
     "causal_raster",
     "compensation",
@@ -156,46 +155,6 @@ def static_curve(static: pd.DataFrame) -> Figure:
     axes.set_ylabel("mean over steps")
     axes.set_ylim(0, 1.02)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return figure
-
-
-def accuracy_grid(episodes: pd.DataFrame) -> Figure:
-    """Share of right answers by context length and needle depth, with the number of episodes in each cell.
-
-    `episodes` has length (tokens), depth (0..1) and correct; episodes that were not judged are left out. Natural
-    lengths and depths are binned where there are more than 12 of them.
-
-    Raises:
-        ValueError: a column is missing, or no episode was judged.
-    """
-    need(episodes, "length", "depth", "correct")
-    judged = episodes.loc[episodes["correct"].notna()]
-    if judged.empty:
-        raise ValueError("accuracy needs judged episodes, got none")
-    cells = pd.DataFrame(
-        {
-            "length": binned(judged["length"]),
-            "depth": binned(judged["depth"]),
-            "correct": judged["correct"].astype(float),
-        }
-    )
-    table = cells.pivot_table(index="depth", columns="length", values="correct", aggfunc=["mean", "count"])
-    accuracy, counts = table["mean"].to_numpy(), table["count"].fillna(0).to_numpy().astype(int)
-    n_depths, n_lengths = accuracy.shape
-    figure = Figure(figsize=(max(3.6, 1.6 + 0.62 * n_lengths), max(2.6, 1.2 + 0.42 * n_depths)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("#E4E6E8")
-    image = axes.imshow(np.ma.masked_invalid(accuracy), cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for (row, column), n in np.ndenumerate(counts):
-        if n:
-            ink = "black" if accuracy[row, column] > 0.55 else "white"
-            text = f"{accuracy[row, column]:.0%}\nn={n}"
-            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
-    axes.set_xticks(range(n_lengths), [f"{x:,.0f}" for x in table["mean"].columns], rotation=45 if n_lengths > 6 else 0)
-    axes.set_yticks(range(n_depths), [f"{x:.0%}" for x in table.index])
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("needle depth")
-    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="right answers")
     return figure
 
 

@@ -17,12 +17,13 @@ _ROOM = WIDTH - 0.9
 """Inches left for the cells beside the axis."""
 
 
-def ablation_grids(answers: pd.DataFrame, value: str = "correct", policies: Sequence[str] | None = None) -> Figure:
+def answer_grids(answers: pd.DataFrame, value: str = "correct", policies: Sequence[str] | None = None) -> Figure:
     """Mean by context length and needle depth, a panel per policy on one colour scale, with the episodes in each cell.
 
     `answers` has one row per episode and condition: policy, length (tokens), depth (0..1) and the `value`, "correct" or
     "rouge_l"; rows without it, and those of a k sweep, are left out. A policy under several edits or commits gets a
-    panel for each. Natural lengths and depths are binned where there are more than 12 of them.
+    panel for each; without a policy column there is one panel. Natural lengths and depths are binned where there are
+    more than 12 of them.
 
     Args:
         answers: the table.
@@ -34,8 +35,8 @@ def ablation_grids(answers: pd.DataFrame, value: str = "correct", policies: Sequ
     """
     if value not in _VALUES:
         raise ValueError(f"value must be one of {', '.join(_VALUES)}, got {value!r}")
-    need(answers, "length", "depth", "policy", value)
-    cells = _cells(answers, value, policies)
+    need(answers, "length", "depth", value)
+    cells = _cells(answers if "policy" in answers else answers.assign(policy="all episodes"), value, policies)
     lengths, depths = np.unique(cells["length"]), np.unique(cells["depth"])
     shown = parts(cells, "policy", "edit", "commit")
     means = [_short(part["value"].to_numpy().mean(), value) for _, part in shown]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dhlens.heads import Head, HeadSet, head_name
-from dhlens.render.draw import BLUE, GREY, ORANGE, WIDTH, drawable
+from dhlens.render.draw import BLUE, GREY, ORANGE, WIDTH, tick
 from dhlens.scores import Score
 
 
@@ -84,9 +84,7 @@ def _step_axis(axes: Axes, steps: np.ndarray, tokens: Sequence[str] | None) -> N
         axes.set_xlabel("generation step", loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return
-    labels = [drawable(t) for t in tokens]
-    short = [t if len(t) <= 12 else f"{t[:11]}…" for t in labels]
-    axes.set_xticks(steps, short, rotation=90, fontsize=8, parse_math=False)
+    axes.set_xticks(steps, [tick(t) for t in tokens], rotation=90, fontsize=8, parse_math=False)
     axes.set_xlabel("generation step (emitted token)", loc="left")
 
 

@@ -22,7 +22,7 @@ def scan_pictures(score: Score, dynamics: Dynamics | None, outcomes: pd.DataFram
         found |= _of_dynamics(score, dynamics)
     judged = outcomes.dropna(subset=["length", "depth", "correct"])
     if len(judged):
-        found["Accuracy"] = (figures.accuracy_grid(judged), "Share of answers that contain the whole answer.")
+        found["Accuracy"] = (figures.answer_grids(judged), "Share of answers that contain the whole answer.")
     return found
 
 
