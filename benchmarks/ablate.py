@@ -5,11 +5,10 @@
 
 `effects`       32 steps x 4 policies on a 1,000-token episode in shadow rows, and the same sets fed one row at a time:
                 clean up to the step, one edited row, back; the same numbers, compared; behind a prompt that is there
-`causal map`    every single head at 24 steps of a 1,000-token episode, exactly; peak memory over the loaded process
+`causal map`    every single head at 24 steps of a 1,000-token episode, exactly; peak memory over what was there (Linux)
 """
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from observe import grown
 
 import dhlens as dh
 from dhlens.policies import along
@@ -79,15 +79,12 @@ def loop(prompt: Any, episode: dh.Episode, said: torch.Tensor, sets: Any) -> dic
 
 def map_table(model: dh.Model, episode: dh.Episode, trace: dh.Trace, budgets: tuple[int, ...]) -> pd.DataFrame:
     """Seconds and peak memory of the causal map under several row budgets."""
-    rows = []
+    rows, said = [], trace.outcomes[0].tokens[:24]
     for budget in budgets:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begin = time.perf_counter()
-        found = dh.causal_map(model, episode, trace.outcomes[0].tokens[:24], rows=budget, progress=False)
-        seconds = time.perf_counter() - begin
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        rows.append((budget, found.kl.numel(), seconds, grown))
-    return pd.DataFrame(rows, columns=["rows at once", "experiments", "seconds", "peak memory grew by, MiB"])
+        peak, found = grown(lambda n=budget: dh.causal_map(model, episode, said, rows=n, progress=False))
+        rows.append((budget, found.kl.numel(), time.perf_counter() - begin, peak / 2**20))
+    return pd.DataFrame(rows, columns=["rows at once", "experiments", "seconds", "peak over before, MiB"])
 
 
 def main() -> None:
