@@ -15,7 +15,7 @@ from dhlens.card import RunCard
 from dhlens.causal import causal_table
 from dhlens.compare import Comparison, compare
 from dhlens.controls import OtherEpisode, OtherStep, RandomLike, StaticLike, sized_policies, standard_policies
-from dhlens.detectors import attention_mass, headkv_r2, qr_score, query_episodes
+from dhlens.detectors import attention_mass, headkv_r2, qr_ndcg, qr_score, query_episodes
 from dhlens.dynamics import Dynamics, dynamics
 from dhlens.edits import hide, mean, patch, resample, uniform, zero
 from dhlens.engine import generate, observe, replay
@@ -27,6 +27,7 @@ from dhlens.lagged import lagged_cca
 from dhlens.lanes import Lane, decode
 from dhlens.model import Model, load
 from dhlens.patching import Patching, patch_effects
+from dhlens.plan import Plan, plan
 from dhlens.policies import Dynamic, Policy, Static, StepView
 from dhlens.predicted import Predicted
 from dhlens.prefix import prefill
@@ -53,6 +54,7 @@ __all__ = [
     "OtherStep",
     "Outcome",
     "Patching",
+    "Plan",
     "Player",
     "Policy",
     "Predicted",
@@ -91,8 +93,10 @@ __all__ = [
     "observe",
     "patch",
     "patch_effects",
+    "plan",
     "player",
     "prefill",
+    "qr_ndcg",
     "qr_score",
     "query_episodes",
     "rank_agreement",

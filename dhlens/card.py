@@ -76,6 +76,7 @@ class RunCard:
             lengths=sorted({e.meta.get("length", len(e.tokens)) for e in episodes}),
             depths=sorted({e.meta["depth"] for e in episodes if "depth" in e.meta}),
             **{key: first.get(key) for key in ("template", "needle", "sentence", "question")},
+            **{key: first[key] for key in ("template_kwargs",) if key in first},
         )
         return dataclasses.replace(card, seed=first.get("seed"), haystack_sha256=first.get("haystack_sha256"))
 

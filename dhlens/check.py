@@ -55,6 +55,7 @@ def check(model: "Model") -> None:
         _shadows(model, stream, tokens, whole, tol)
     else:
         model.limits["shadow_rows"] = "a HookedTransformer takes no 4-D mask"
+    _folded(model)
 
 
 def _feed(model: "Model", tokens: Tensor, hooks: Any = (), keep: int = 1) -> Float[Tensor, "1 keep vocab"]:
@@ -109,7 +110,47 @@ def _head_scores(model: "Model", tokens: Tensor) -> None:
             (sites.pattern(0), lambda pattern, hook: left.append(float(pattern[:, :, -1, -2].max()))),
         ])  # fmt: skip
     if left != [0.0]:
-        model.limits["hide"] = f"{_who(model)}: -inf in {sites.scores(0)} leaves mass {left}; hiding keys is refused"
+        found = f"leaves mass {left[0]:.2f}" if left else "does nothing"
+        model.limits["hide"] = (
+            f"{_who(model)}: -inf in {sites.scores(0)} {found}; edits of scores (hide, uniform) are refused"
+        )
+
+
+def _folded(model: "Model") -> None:
+    """Warn where TransformerLens has folded weights into others, and say what differs; measured on 3.9.0."""
+    hooked = model.hooked
+    layer_norm, folded = str(hooked.cfg.normalization_type).startswith("LN"), _norm_folded(hooked)
+    lost = ["the hidden site 'final' lacks the last norm's weight and bias"] if folded else []
+    if layer_norm and (folded or _centred(hooked)):
+        lost.append("the residual stream may lack its mean")
+    if not _biases(hooked, "b_V") and ((folded and layer_norm) or _biases(hooked, "b_Q")):
+        lost.append("a zeroed head leaves its value bias behind, which now sits in the layer's output bias")
+    if not lost:
+        return
+    model.limits["raw_weights"] = (
+        f"{_who(model)} has folded weights: {'; '.join(lost)}. Attention, log-probabilities and other edits are those "
+        "of the raw weights, which from_pretrained_no_processing and enable_compatibility_mode(no_processing=True) keep"
+    )
+    warnings.warn(model.limits["raw_weights"], stacklevel=4)
+
+
+def _norm_folded(hooked: Any) -> bool:
+    """Whether the last norm's weight sits in the unembedding: a bridge then has ones in its place."""
+    weight = getattr(hooked.ln_final, "weight", None)
+    emptied = getattr(hooked, "compatibility_mode", False) and weight is not None and bool((weight == 1).all())
+    return emptied or str(hooked.cfg.normalization_type).endswith("Pre")
+
+
+def _centred(hooked: Any) -> bool:
+    """Whether what is written to the residual stream has a mean of zero."""
+    embedding = getattr(hooked, "W_E", None)
+    return embedding is not None and bool(embedding.mean(-1).abs().max() < 1e-5 * embedding.abs().max())
+
+
+def _biases(hooked: Any, name: str) -> bool:
+    """Whether any layer has such a bias other than zero."""
+    found = [getattr(block.attn, name, None) for block in hooked.blocks]
+    return any(bias is not None and bool(bias.any()) for bias in found)
 
 
 def _equal(model: "Model", got: Tensor, want: Tensor, tol: float, what: str, refused: str) -> None:
@@ -134,4 +175,4 @@ def _shadows(model: "Model", stream: Any, tokens: Tensor, whole: Tensor, tol: fl
         _equal(model, logits, torch.cat([whole, whole[:, sources]], dim=1), tol, "shadow rows", "effects in one pass")
     except (ValueError, TypeError, RuntimeError) as error:
         # observing does not need them; what does asks `limits`
-        model.limits["shadow_rows"] = str(error)
+        model.limits["shadow_rows"] = f"{_who(model)}: shadow rows cannot be fed, effects go row by row ({error})"

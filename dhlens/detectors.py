@@ -6,7 +6,7 @@
 | Wu et al., by needle token or as a set | `dhlens.wu.copy_paste_wu` | an answer |
 | attention mass on the needle | `attention_mass` | an answer |
 | HeadKV-R2 | `headkv_r2` | an answer; `Capture(k=...)` of at least the needle's tokens |
-| QRHead | `qr_score` | the prompt's question rows, and once more under an empty question |
+| QRHead | `qr_score`, `qr_ndcg` | the prompt's question rows, and once more under an empty question |
 
 So one model is scored by all of them, and `dhlens.compare` sets the results side by side:
 
@@ -132,20 +132,83 @@ def qr_score(trace: Trace, null: Trace | None = None, spans: str | Sequence[str]
         ValueError: rows, spans or their attention by key are missing, or `null` is not of the same prompts.
 
     Source: QRHead (arXiv 2506.09944) and its detection on LongMemEval. There a query begins with the instruction
-        before the question; here with the question. Its detection on NQ ranks heads by nDCG and is another score.
+        before the question; here with the question. Its detection on NQ is `qr_ndcg`.
     """
-    wanted = [spans] if isinstance(spans, str) else list(spans)
-    if null is not None:
-        _same_prompts(trace, null)
+    wanted, raw = _names(spans), _calibration(trace, null)
+    values = [
+        torch.stack([document_value(trace, null, i, span) for span in _named(episode, wanted)]).sum(0)
+        for i, episode in enumerate(trace.episodes)
+    ]
+    source = f"qr_score, spans {', '.join(wanted)}, {raw}"
+    return Score("qr_score", torch.stack(values), False, source, groups=tuple(e.group for e in trace.episodes))
+
+
+def qr_ndcg(
+    trace: Trace,
+    null: Trace | None = None,
+    *,
+    gold: str | Sequence[str] = "fact_*",
+    documents: str | Sequence[str] = "doc_*",
+    k: int = 10,
+) -> Score:
+    """QRHead's other score: how well each head alone ranks the documents, as nDCG of its best `k`, 0..1.
+
+    A head ranks an episode's documents by their values in `qr_score`; equal ones in the order of the prompt. A gold
+    document gains 1, another 0, divided by log2(rank + 1).
+
+    Args:
+        trace: as for `qr_score`, with all `documents` among `Capture(focus=...)`.
+        null: as for `qr_score`.
+        gold: Names or patterns of the spans that answer; a document that overlaps one is gold.
+        documents: Names or patterns of the documents.
+        k: Ranks that count.
+
+    Raises:
+        ValueError: see `qr_score`; no document of an episode is gold, or `k` is below 1.
+
+    Source: QRHead (arXiv 2506.09944), its detection on NQ.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1 rank, got {k}")
+    answering, ranked, raw = _names(gold), _names(documents), _calibration(trace, null)
     values = []
     for i, episode in enumerate(trace.episodes):
-        gold = [span for span in episode.spans if any(fnmatchcase(span.name, w) for w in wanted)]
-        if not gold:
-            raise ValueError(f"episode {episode.id!r} has none of the spans {', '.join(wanted)} before its question")
-        looks = [_look(trace, i, span) - (0 if null is None else _look(null, i, span)) for span in gold]
-        values.append(sum((_kept_sum(look) for look in looks), torch.zeros(trace.shape)))
-    source = f"qr_score, spans {', '.join(wanted)}, {'raw' if null is None else 'less the null question'}"
-    return Score("qr_score", torch.stack(values), False, source, groups=tuple(e.group for e in trace.episodes))
+        docs, facts = _named(episode, ranked), _named(episode, answering)
+        gain = torch.tensor([any(d.start < f.stop and f.start < d.stop for f in facts) for d in docs]).double()
+        if not gain.any():
+            raise ValueError(f"episode {episode.id!r}: none of its {len(docs)} documents holds {', '.join(answering)}")
+        value = torch.stack([document_value(trace, null, i, d) for d in docs], dim=-1)
+        order = value.sort(dim=-1, descending=True, stable=True).indices
+        weight = 1 / torch.log2(torch.arange(len(docs), dtype=torch.double) + 2)
+        weight[k:] = 0
+        values.append((gain[order] @ weight) / (gain.sort(descending=True).values @ weight))
+    source = f"qr_ndcg, best {k}, gold {', '.join(answering)} of {', '.join(ranked)}, {raw}"
+    return Score("qr_ndcg", torch.stack(values), False, source, groups=tuple(e.group for e in trace.episodes))
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _named(episode: Episode, wanted: Sequence[str]) -> list[Span]:
+    """The episode's spans of these names or patterns."""
+    found = [span for span in episode.spans if any(fnmatchcase(span.name, w) for w in wanted)]
+    if not found:
+        raise ValueError(f"episode {episode.id!r} has none of the spans {', '.join(wanted)} before its question")
+    return found
+
+
+def _calibration(trace: Trace, null: Trace | None) -> str:
+    """How values are calibrated, once the null is known to be of the same prompts."""
+    if null is None:
+        return "raw"
+    _same_prompts(trace, null)
+    return "less the null question"
+
+
+def document_value(trace: Trace, null: Trace | None, i: int, span: Span) -> Float[Tensor, "layer head"]:
+    """What each head makes of one document of episode `i`, the terms of `qr_score`; arguments as there."""
+    return _kept_sum(_look(trace, i, span) - (0 if null is None else _look(null, i, span)))
 
 
 def _look(trace: Trace, i: int, span: Span) -> Float[Tensor, "layer head key"]:

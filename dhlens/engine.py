@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dhlens.card import RunCard
 from dhlens.drafts import Draft, Guess, guesser
 from dhlens.episode import Episode, Outcome
-from dhlens.limits import at_least_one, check_episodes
+from dhlens.limits import at_least_one, check_episodes, finite
 from dhlens.model import Model
 from dhlens.prefix import prefill
 from dhlens.reads import Capture
@@ -229,7 +229,7 @@ def _greedy(model: Model, stream: Stream, said: list[int], room: int, guess: Gue
         drafted = [] if undecided else guess(tokens)[: min(trust, room - len(tokens) - 1, _reach(stream, room) - 1)]
         start = stream.mark()
         logits = stream.feed(torch.tensor([[fed, *drafted]]), keep=len(drafted) + 1)[0]
-        found = _confirmed(model, logits, drafted, counts) if drafted else [_finite_argmax(logits)]
+        found = _confirmed(model, logits, drafted, counts) if drafted else [int(finite(logits)[-1].argmax())]
         stream.rewind(start, keep=len(found))
         undecided = not found
         # a wrong guess costs its rows: guess further only as long as guesses hold
@@ -241,8 +241,7 @@ def _greedy(model: Model, stream: Stream, said: list[int], room: int, guess: Gue
 
 def _confirmed(model: Model, logits: Float[Tensor, "row vocab"], drafted: list[int], counts: Counter[str]) -> list[int]:
     """Tokens that greedy decoding would emit, as far as the rows of a drafted block decide it."""
-    top = logits.float().topk(2, dim=-1)
-    _finite_argmax(logits)
+    top = finite(logits).float().topk(2, dim=-1)
     margins, choice = (top.values[:, 0] - top.values[:, 1]).tolist(), top.indices[:, 0].tolist()
     counts["drafted"] += len(drafted)
     found: list[int] = []
@@ -255,12 +254,6 @@ def _confirmed(model: Model, logits: Float[Tensor, "row vocab"], drafted: list[i
             break
     counts["accepted"] += sum(a == b for a, b in zip(found, drafted, strict=False))
     return found
-
-
-def _finite_argmax(logits: Float[Tensor, "row vocab"]) -> int:
-    if bool(logits.isnan().any()):
-        raise ValueError("the model's logits are NaN: its weights or its dtype cannot carry this prompt")
-    return int(logits[-1].argmax())
 
 
 def _reach(stream: Stream, room: int) -> int:

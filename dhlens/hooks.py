@@ -57,8 +57,7 @@ def resid(layer: int) -> str:
 def final() -> str:
     """The final norm's output with its weight applied, [batch, query, d_model]: what the unembedding reads.
 
-    Hugging Face's last hidden state. A HookedTransformer has no hook there; `dhlens.reads.hidden` takes
-    `ln_final.hook_normalized` and applies the weight itself.
+    Hugging Face's last hidden state. A HookedTransformer has it at `unembed.hook_in`; see `Model.hidden_site`.
     """
     return "ln_final.hook_out"
 

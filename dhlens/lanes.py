@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
-from dhlens.edits import Edit, check_edit, zero
+from dhlens.edits import Edit, zero
 from dhlens.engine import observation_card
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.hooks import Hook
-from dhlens.limits import at_least_one, check_episodes
+from dhlens.limits import at_least_one, check_edit_on, check_episodes
 from dhlens.model import Model
 from dhlens.policies import Policy, StepView, sites_of
 from dhlens.prefix import prefill
@@ -168,7 +168,7 @@ def checked_lanes(
         if lane.policy is not None:
             lane.policy.check(model.card, model.shape)
         if lane.edit is not None:
-            check_edit(lane.edit, model.shape, model.hooked.cfg.d_head)
+            check_edit_on(model, lane.edit)
     return chosen
 
 

@@ -3,7 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from jaxtyping import Float
+from torch import Tensor
+
+from dhlens import hooks as sites
+from dhlens.edits import Edit, check_edit
 from dhlens.episode import Episode
+from dhlens.heads import HeadSet
 from dhlens.model import Model
 from dhlens.prefix import straddles
 
@@ -37,6 +43,30 @@ def check_episodes(model: Model, episodes: Sequence[Episode], *, max_new_tokens:
             raise ValueError(
                 f"episode {e.id!r}: token ids must lie in 0..{vocabulary - 1}: tokenised for another model?"
             )
+
+
+def check_edit_on(model: Model, edit: Edit) -> None:
+    """Refuse an edit that this model cannot carry, before any pass.
+
+    Raises:
+        ValueError, TypeError: see `dhlens.edits.check_edit`; it changes attention scores, and the self-check found that
+            this does nothing here.
+    """
+    check_edit(edit, model.shape, model.hooked.cfg.d_head)
+    hooks = edit(HeadSet([(0, 0)], model.shape), rows=[0], steps=[0], keys=1)
+    if "hide" in model.limits and sites.scores(0) in {name for name, _ in hooks}:
+        raise ValueError(model.limits["hide"])
+
+
+def finite(logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row vocab"]:
+    """The same logits.
+
+    Raises:
+        ValueError: one is NaN.
+    """
+    if bool(logits.isnan().any()):
+        raise ValueError("the model's logits are NaN: its weights or its dtype cannot carry this prompt")
+    return logits
 
 
 def at_least_one(max_new_tokens: int) -> None:

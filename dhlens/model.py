@@ -2,9 +2,10 @@
 
 `load` takes a name of ours, a Hub id, a folder of safetensors, a `.gguf` file, a Hugging Face model, a
 TransformerBridge or (TransformerLens 3.9) a HookedTransformer. A Hugging Face model is never changed: the bridge and
-the twin are built on copies of its modules that share its tensors, so no weight is held twice. The twin runs fused
-attention (SDPA) and does the long work; the hooked model looks. Every load ends with `dhlens.check.check`, a proof on
-a few tokens that the hooks mean what they say on this architecture.
+the twin are built on copies of its modules that share its tensors, so no weight is held twice (but for projections
+that the bridge must split, such as Pythia's). The twin runs fused attention (SDPA) and does the long work; the hooked
+model looks. Every load ends with `dhlens.check.check`, a proof on a few tokens that the hooks mean what they say on
+this architecture.
 """
 
 import copy
@@ -26,6 +27,7 @@ from transformers.utils import logging
 from dhlens import hooks as sites
 from dhlens.card import RunCard
 from dhlens.check import check as prove
+from dhlens.devices import placement, refuse_offloaded
 from dhlens.stream import HFStream, Stream, TLStream, layer_window
 from dhlens.weights import Source, load_tokenizer, resolve
 
@@ -88,20 +90,18 @@ class Model:
             return TLStream(self.hooked)
         return HFStream(self.hooked, self.twin, **({"chunk": None} if self.rope_breaks else {}))
 
-    def hidden_site(self, name: str) -> tuple[str, torch.Tensor | None]:
-        """Hook name of a hidden site, and the norm weight that the hooked model has not applied there yet.
+    def hidden_site(self, name: str) -> str:
+        """Hook name of a hidden site.
 
         Raises:
             ValueError: neither "final" nor "resid_<layer>" of this model.
         """
         if name == "final":
-            if isinstance(self.hooked, TransformerBridge):
-                return sites.final(), None
-            return "ln_final.hook_normalized", getattr(self.hooked.ln_final, "w", None)
+            return sites.final() if isinstance(self.hooked, TransformerBridge) else "unembed.hook_in"
         layer = name.removeprefix("resid_")
         if not name.startswith("resid_") or not layer.isdigit() or int(layer) >= self.n_layers:
             raise ValueError(f"a hidden site is 'final' or 'resid_0'..'resid_{self.n_layers - 1}', got {name!r}")
-        return sites.resid(int(layer)), None
+        return sites.resid(int(layer))
 
 
 def load(
@@ -111,6 +111,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
     check: bool = True,
 ) -> Model:
     """Load a model and prove its hooks.
@@ -119,18 +120,27 @@ def load(
         source: "smollm2-135m" (embedded), another short name, a Hub id, a folder, a .gguf file, a PreTrainedModel, a
             TransformerBridge or a HookedTransformer.
         tokenizer: needed with a model object that carries none.
-        dtype: float32 by default for names and files; a model object keeps its own.
-        device: "cpu", "cuda", "mps"; by default the best one that is there. A model object stays where it is.
+        dtype: float32 by default. This and the next three are for names and files; a model object is taken as it is.
+        device: "cpu", "cuda", "mps"; by default the best one that is there; "auto" spreads the layers over all.
         revision: Hub revision.
+        quantize: "8bit" or "4bit": weights of linear layers in fewer bits, by bitsandbytes.
         check: run the self-check.
 
     Raises:
         ValueError: unknown name, no such device, an architecture without usable hooks, or a failed self-check.
         TypeError: an object of another kind.
+        ModuleNotFoundError: the package that `device` or `quantize` needs.
     """
     if isinstance(source, str | Path):
-        model = _from_files(resolve(source), dtype or torch.float32, _device(device), revision, tokenizer)
+        dtype = dtype or torch.float32
+        placed = placement(device, quantize, dtype)
+        model = _from_files(resolve(source), dtype, placed, revision, tokenizer)
+        if quantize:
+            model = dataclasses.replace(model, card=model.card.with_settings(quantize=quantize), named=False)
+    elif (dtype, device, quantize, revision) != (None,) * 4:
+        raise ValueError("dtype, device, quantize and revision go with a name or a path; an object is taken as it is")
     elif isinstance(source, PreTrainedModel):
+        refuse_offloaded(source)
         model = _from_hf(source, tokenizer, card=_card(type(source).__name__, source))
     elif isinstance(source, TransformerBridge) or type(source).__name__ == "HookedTransformer":
         model = _wrap(source, None, tokenizer or source.tokenizer, card=_card(str(source.cfg.model_name), source))
@@ -142,16 +152,6 @@ def load(
     if check:
         prove(model)
     return model
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(device)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False):
-        raise ValueError(f"device {device} is not there; usable here: {', '.join(k for k, v in there.items() if v)}")
-    return device
 
 
 @contextmanager
@@ -167,13 +167,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _from_files(
-    source: Source, dtype: torch.dtype, device: torch.device, revision: str | None, tokenizer: Any
+    source: Source,
+    dtype: torch.dtype,
+    placed: tuple[torch.device | None, dict[str, Any]],
+    revision: str | None,
+    tokenizer: Any,
 ) -> Model:
     where = str(source.folder or source.hub_id)
     hub = {"revision": revision} if source.folder is None else {}
     with _quiet() if source.folder else nullcontext():
-        hf: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **hub)
-    hf = hf.to(device).eval()
+        hf: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **hub, **placed[1])
+    hf = (hf if placed[0] is None else hf.to(placed[0])).eval()
+    refuse_offloaded(hf)
     card = dataclasses.replace(
         _card(source.name, hf),
         revision=revision if source.folder else getattr(hf.config, "_commit_hash", None) or revision,
@@ -195,9 +200,12 @@ def _from_hf(hf: PreTrainedModel, tokenizer: Any, *, card: RunCard, path: Path |
         twin = None
     # TransformerLens loads the tokenizer again by its name; one made in memory has none and is handed over afterwards
     named = tokenizer if tokenizer.name_or_path else None
-    bridge = build_bridge_from_module(
-        inner, type(hf).__name__, hf_config=inner.config, tokenizer=named, model_name=card.model
-    )
+    try:
+        bridge = build_bridge_from_module(
+            inner, type(hf).__name__, hf_config=inner.config, tokenizer=named, model_name=card.model
+        )
+    except NotImplementedError as error:  # a fused projection in fewer bits cannot be split into heads
+        raise ValueError(f"{card.model} ({type(hf).__name__}) cannot be hooked as it was loaded: {error}") from error
     if named is None:
         bridge.tokenizer = tokenizer
     return _wrap(bridge, twin, tokenizer, card=card, path=path)
@@ -205,12 +213,19 @@ def _from_hf(hf: PreTrainedModel, tokenizer: Any, *, card: RunCard, path: Path |
 
 def _same_tensors(hf: PreTrainedModel) -> Any:
     """The same parameters and buffers in new modules: wrapping or switching these leaves the caller's model alone."""
-    copied = copy.deepcopy(hf, {id(t): t for t in [*hf.parameters(), *hf.buffers()]})
+    # an 8-bit layer moves its scales from the shared weight into its state in its first pass, so states are shared too
+    states = [m.state for m in hf.modules() if hasattr(m, "init_8bit_state")]
+    copied = copy.deepcopy(hf, {id(t): t for t in [*hf.parameters(), *hf.buffers(), *states]})
     return copied.eval().requires_grad_(False) if not any(p.requires_grad for p in hf.parameters()) else copied.eval()
 
 
 def _wrap(hooked: Any, twin: Any, tokenizer: Any, *, card: RunCard, path: Path | None = None) -> Model:
     cfg = hooked.cfg
+    if getattr(cfg, "ungroup_grouped_query_attention", False):
+        raise ValueError(
+            f"{card.model} repeats keys and values for every query head, which its own cache does not hold: "
+            "set_ungroup_grouped_query_attention(False) before loading"
+        )
     hf = getattr(hooked, "original_model", None)
     blocks = getattr(hooked, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks else None
@@ -228,10 +243,10 @@ def _wrap(hooked: Any, twin: Any, tokenizer: Any, *, card: RunCard, path: Path |
         n_heads=cfg.n_heads,
         n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_model=cfg.d_model,
-        max_positions=cfg.n_ctx if hf is None else _text_config(hf).max_position_embeddings,
+        max_positions=getattr(_text_config(hf), "max_position_embeddings", cfg.n_ctx) if hf else cfg.n_ctx,
         stop_ids=_stop_ids(hf, tokenizer),
         windows=_windows(hf, cfg),
-        rope_breaks=_rope_breaks(hf),
+        rope_breaks=rope_breaks_of(hf),
     )
 
 
@@ -269,7 +284,8 @@ def _windows(hf: Any, cfg: Any) -> tuple[int | None, ...]:
     return tuple(map(layer_window, layers)) or (None,) * cfg.n_layers
 
 
-def _rope_breaks(hf: Any) -> tuple[int, ...]:
+def rope_breaks_of(hf: Any) -> tuple[int, ...]:
+    """Lengths at which position factors of a Hugging Face model change; none of a HookedTransformer (None)."""
     if hf is None:
         return ()
     config = _text_config(hf)

@@ -150,12 +150,11 @@ def outputs(out: Readings, *, n_layers: int) -> list[Hook]:
     return [at(layer) for layer in range(n_layers)]
 
 
-def hidden(out: Readings, name: str, *, site: str, weight: Float[Tensor, " d_model"] | None = None) -> list[Hook]:
-    """`name`, float32 [row, d_model]: the residual stream at a hook `site`, times `weight` where one is given."""
+def hidden(out: Readings, name: str, *, site: str) -> list[Hook]:
+    """`name`, float32 [row, d_model]: the residual stream at a hook `site`."""
 
     def read(tensor: Float[Tensor, "batch query d_model"], hook: Any) -> None:
-        states = tensor.flatten(0, 1).float()
-        put(out, name, 0, states.clone() if weight is None else states * weight.float())
+        put(out, name, 0, tensor.flatten(0, 1).float().clone())
 
     return [(site, read)]
 
@@ -168,7 +167,7 @@ def capture_hooks(
     keys: int,
     spans: Sequence[tuple[int, int]],
     focus_at: Int[Tensor, " focus"],
-    hidden_sites: Mapping[str, tuple[str, Tensor | None]],
+    hidden_sites: Mapping[str, str],
 ) -> list[Hook]:
     """All hooks that `capture` asks for, for one pass that ends at `keys` positions."""
     found = peaks(out, n_layers=n_layers, k=capture.k, keys=keys)
@@ -179,8 +178,8 @@ def capture_hooks(
         found += rows(out, n_layers=n_layers, keys=keys)
     if capture.z:
         found += outputs(out, n_layers=n_layers)
-    for name, (site, weight) in hidden_sites.items():
-        found += hidden(out, name, site=site, weight=weight)
+    for name, site in hidden_sites.items():
+        found += hidden(out, name, site=site)
     return found
 
 
@@ -191,7 +190,9 @@ def put(out: Readings, field: str, layer: int, value: Tensor) -> None:
 
 def stack(by_layer: Mapping[int, Tensor]) -> Tensor:
     """[row, head, ...] per layer to one CPU tensor [row, layer, head, ...]."""
-    return torch.stack([by_layer[layer] for layer in sorted(by_layer)], dim=1).cpu()
+    first, *others = (by_layer[layer] for layer in sorted(by_layer))
+    # layers of a spread model lie on several devices
+    return torch.stack([first, *(value.to(first.device) for value in others)], dim=1).cpu()
 
 
 def _pattern_hooks(n_layers: int, read: Any) -> list[Hook]:

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dhlens.edits import Edit, check_edit, zero
+from dhlens.edits import Edit, zero
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.hooks import Hook
-from dhlens.limits import check_episodes
+from dhlens.limits import check_edit_on, check_episodes
 from dhlens.masks import shadow_masks, shadow_positions
 from dhlens.model import Model
 from dhlens.prefix import prefill
@@ -102,7 +102,7 @@ def effects(
         ValueError: see `limits.check_episodes`; no experiment, a step outside the answer, heads of another shape.
     """
     _check(model, episode, answer, sets, rows)
-    check_edit(edit or zero(), model.shape, model.hooked.cfg.d_head)
+    check_edit_on(model, edit or zero())
     _, stream = next(prefill(model, [episode]))
     with tqdm(total=len(sets), desc="effects", unit="set", disable=not progress) as bar:
         return effects_on(model, stream, episode, answer, sets, edit=edit, rows=rows, bar=bar)

@@ -1,7 +1,8 @@
 """Head sets and head scores as others have published them: read into a HeadSet or a Score, and written for their code.
 
-A set is a list of heads in any spelling of `dhlens.heads.SPELLINGS`: QRHead's one line (`13-18,13-21`), one head a
-line, what a HeadSet prints, or a JSON or Python list of ids or (layer, head) pairs. Scores come in three forms:
+A set is a list of heads in any spelling of `dhlens.heads.SPELLINGS`: QRHead's one line (`13-18,13-21`) or the YAML
+around it, one head a line, what a HeadSet prints, or a JSON or Python list of ids or (layer, head) pairs. Of a whole
+circuit, the JSON that EAP-IG writes, the heads that are in it are read. Scores come in three forms:
 
 - "samples": one JSON object from a head to its score in each sample, `{"16-19": [0.5, 1], ...}` (Wu et al., HeadKV).
 - "ranking": one JSON list of heads with one score each, the best first, `[["13-18", 0.63], ...]` (QRHead).
@@ -13,7 +14,8 @@ Nothing is guessed: an id that is malformed, doubled, missing or outside the mod
 import ast
 import json
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, product
 from os import PathLike
 from pathlib import Path
@@ -37,13 +39,33 @@ def read_head_set(path: str | PathLike[str], shape: tuple[int, int]) -> HeadSet:
         ValueError: an entry is no head, is doubled or outside the model; the message names its line or entry.
     """
     path = Path(path)
-    return parse_head_set(path.read_text(encoding="utf-8"), shape, name=path.name)
+    return parse_head_set(_text(path), shape, name=path.name)
 
 
 def parse_head_set(text: str, shape: tuple[int, int], *, name: str = "text") -> HeadSet:
     """`read_head_set` of a text; errors call it `name`."""
+    graph = _graph(text)
+    if graph is not None:
+        return _in_graph(graph, shape, name)
     entries = _listed(text, name) if text.lstrip().startswith(("[", "(")) else _words(text)
     return HeadSet(_heads(name, entries, shape), shape)
+
+
+def content_of(path: str | PathLike[str]) -> str:
+    """What a file holds: "scores" by head or "gates" (a TSV), both for `read_head_scores`, else a "set".
+
+    Cells of a TSV are parted by tabs; lines such as `16 19` are none, and as a set they are refused by their line.
+    """
+    text = _text(Path(path)).strip()
+    if text.startswith("{"):  # a set prints as {L0H1, L2H3}
+        return "scores" if '"' in text and _graph(text) is None else "set"
+    if text.startswith("["):
+        return "scores" if re.match(r"\[\s*\[\s*[\"']", text) else "set"
+    try:
+        float(re.split(r"[\t\n]", text, maxsplit=1)[0])  # "16-19" is no number
+    except ValueError:
+        return "set"
+    return "gates"
 
 
 def spell(heads: HeadSet, spelling: str = "L16H19") -> str:
@@ -82,11 +104,12 @@ def read_head_scores(
         ValueError: not such a file, or of another model; the message names the line, the entry or the heads.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     if text.lstrip().startswith(("{", "[")):
         return Score("head_scores", _samples(path.name, text, shape), False, path.name)
     if shape is None or n_kv_heads is None:
-        raise ValueError(f"{path.name}: a TSV holds values of KV heads: say the model's shape and n_kv_heads")
+        missing = " and ".join(name for name, given in (("shape", shape), ("n_kv_heads", n_kv_heads)) if given is None)
+        raise ValueError(f"{path.name}: a TSV holds values of KV heads: say the model's {missing}")
     width = _queries(shape, n_kv_heads)
     gates = _gates(path.name, text, shape[0], n_kv_heads)
     source = f"{path.name}: values of {n_kv_heads} KV heads a layer, each widened to its {width} query heads"
@@ -126,6 +149,13 @@ def _queries(shape: tuple[int, int], n_kv_heads: int | None) -> int:
     return shape[1] // n_kv_heads
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} holds neither heads nor scores: it is no text") from None
+
+
 def _write(path: Path, text: str) -> None:
     if path.exists():
         raise ValueError(f"heads are never written over a file, and {path} exists")
@@ -133,20 +163,68 @@ def _write(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
 
 
+def _graph(text: str) -> dict[str, Any] | None:
+    """The circuit that a text holds, if it holds one."""
+    if not text.lstrip().startswith("{") or '"nodes"' not in text:
+        return None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found.get("nodes"), dict) and "edges" in found else None
+
+
+def _in_graph(graph: Mapping[str, Any], shape: tuple[int, int], name: str) -> HeadSet:
+    """The heads of a circuit as EAP-IG writes it: nodes `a16.h19`, `m3`, `input`, `logits`, each in it or not."""
+    cfg = graph.get("cfg") or {}
+    made_for = (cfg.get("n_layers", shape[0]), cfg.get("n_heads", shape[1]))
+    if made_for != shape:
+        raise ValueError(f"{name}: a circuit of {made_for[0]} layers x {made_for[1]} heads, the model has {shape}")
+    entries = []
+    for node, kept in graph["nodes"].items():
+        kept = kept.get("in_graph") if isinstance(kept, dict) else kept
+        if not isinstance(kept, bool):
+            raise ValueError(f"{name}, node {node!r}: must be in the circuit or not (true or false), got {kept!r:.60}")
+        if kept and node.startswith("a"):
+            entries.append((f"node {node!r}", node))
+    return HeadSet(_heads(name, entries, shape), shape)
+
+
 def _words(text: str) -> Iterator[tuple[str, Any]]:
+    """Each id with its line. In YAML that names a set, the other settings are left out."""
+    yaml = re.search(r"^attn_head_set\s*:", text, re.MULTILINE) is not None
     for number, line in enumerate(text.splitlines(), start=1):
-        for word in line.translate(str.maketrans(",;{}", "    ")).split():
+        ids = line.partition("#")[0]
+        if yaml and (setting := re.match(r"(\w+)\s*:(.*)", ids)):
+            ids = setting[2] if setting[1] == "attn_head_set" else ""
+        for word in ids.translate(str.maketrans(",;{}\"'", "      ")).split():
             yield f"line {number}", word
 
 
 def _listed(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    above = "\n" * text[: len(text) - len(text.lstrip())].count("\n")
     try:
-        entries = ast.literal_eval(text.strip())
+        entries = ast.parse(above + text.strip(), mode="eval").body
     except SyntaxError as error:
         raise ValueError(f"{name}, line {error.lineno}: no list of heads: {error.msg}") from None
-    except ValueError:
-        raise ValueError(f"{name}: a list must hold quoted ids or (layer, head) pairs") from None
-    yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
+    for number, entry in enumerate(getattr(entries, "elts", [entries]), start=1):
+        place = f"line {entry.lineno}, entry {number}"
+        try:
+            yield place, ast.literal_eval(entry)
+        except ValueError:
+            raise ValueError(f"{name}, {place}: a list must hold quoted ids or (layer, head) pairs") from None
+
+
+def _lines(text: str, keys: Iterable[Any]) -> Iterator[str]:
+    """Where each of the keys stands in a JSON text that holds them in this order, as "line 3, "; "" if not found."""
+    line, at = 1, 0
+    for key in keys:
+        found = text.find(json.dumps(key), at)
+        if found < 0:
+            yield ""
+            continue
+        line, at = line + text.count("\n", at, found), found + 1
+        yield f"line {line}, "
 
 
 def _heads(name: str, entries: Iterable[tuple[str, Any]], shape: tuple[int, int] | None) -> list[Head]:
@@ -174,8 +252,10 @@ def _samples(name: str, text: str, shape: tuple[int, int] | None) -> Float[Tenso
     if not entries or not all(isinstance(e, list | tuple) and len(e) == 2 for e in entries):
         raise ValueError(f"{name} must hold one JSON object from heads to lists of scores, or a list of [head, score]")
     ranked = isinstance(entries, list)
-    places = [f"entry {i}" if ranked else f"key {key!r}" for i, (key, _) in enumerate(entries, start=1)]
-    heads = _heads(name, ((place, key) for place, (key, _) in zip(places, entries, strict=True)), shape)
+    keys = [key for key, _ in entries]
+    named = [f"entry {i}" if ranked else f"key {key!r}" for i, key in enumerate(keys, start=1)]
+    places = [line + name for line, name in zip(_lines(text, keys), named, strict=True)]
+    heads = _heads(name, zip(places, keys, strict=True), shape)
     rows = [
         _numbers(f"{name}, {place}", [value] if ranked else value)
         for place, (_, value) in zip(places, entries, strict=True)

@@ -113,7 +113,8 @@ def read(
     for layer, parts in enumerate(found):
         if not parts:
             raise ValueError(f"{task.model.card.model}: {task.site(layer)} does not fire, so it cannot be patched")
-    return torch.stack([torch.cat(parts) for parts in found], 1), metric
+    device = found[0][0].device  # layers of a spread model lie on several devices
+    return torch.stack([torch.cat(parts).to(device) for parts in found], 1), metric
 
 
 def by_shadows(

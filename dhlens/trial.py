@@ -14,20 +14,22 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dhlens.card import RunCard
+from dhlens.contrasts import CONDITION
 from dhlens.drafts import guesser
-from dhlens.edits import Edit, check_edit
+from dhlens.edits import Edit
 from dhlens.engine import observe_on
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.lanes import Lane, checked_lanes, decode_on
-from dhlens.limits import at_least_one, check_episodes
+from dhlens.limits import at_least_one, check_edit_on, check_episodes
 from dhlens.model import Model
 from dhlens.policies import Policy, along, sites_of
 from dhlens.reads import Capture
-from dhlens.scores import copy_paste
+from dhlens.scores import Scoring, copy_paste
 from dhlens.shadow import effects_on
 from dhlens.stats import rouge_l
 from dhlens.stream import Stream
+from dhlens.tables import depth, marks
 from dhlens.trace import Trace
 
 PER_STEP = ["step", "step_heads", "step_active", "logit_change", "prob", "prob_clean", "kl", "kept"]
@@ -75,6 +77,12 @@ class Plan:
     prompt: bool
     max_new_tokens: int
     batch: int
+    score: Scoring | None = None
+    """Which heads are active, where it is not those that copy from `span`."""
+
+    def active(self, trace: Trace) -> Bool[Tensor, "n layer head"]:
+        """The active heads at each row."""
+        return (copy_paste(trace, self.span) if self.score is None else self.score(trace)).heads()
 
     @property
     def capture(self) -> Capture:
@@ -116,7 +124,7 @@ def check_plan(model: Model, episodes: Sequence[Episode], plan: Plan) -> None:
         checked_lanes(lanes, model, commit=commit, prompt=plan.prompt, batch=plan.batch)
     for edit in plan.edits.values():
         if not isinstance(edit, PerEpisode):
-            check_edit(edit, model.shape, model.hooked.cfg.d_head)
+            check_edit_on(model, edit)
     if plan.static is not None and plan.static.shape != model.shape:
         raise ValueError(f"static heads must be of the model's shape {model.shape}, got {plan.static.shape}")
     at_least_one(plan.max_new_tokens)
@@ -132,6 +140,8 @@ def trial(model: Model, stream: Stream, episode: Episode, plan: Plan, card: RunC
     guess = guesser(True, episode, model.stop_ids)
     clean = observe_on(model, stream.fork(), episode, guess, plan.max_new_tokens, capture=plan.capture, card=card)
     edits = {n: e.make(episode) if isinstance(e, PerEpisode) else e for n, e in plan.edits.items()}
+    for made in edits.values():
+        check_edit_on(model, made)
     one_step = _one_step(model, stream, episode, clean, plan, edits)
     touched = [c for c in plan.conditions if c.chosen is not None]
     # the clean answer is the untouched model's
@@ -150,9 +160,22 @@ def trial(model: Model, stream: Stream, episode: Episode, plan: Plan, card: RunC
         )
         rows += [_row(c, commit, runs[c.key], plan) | one_step[c.key] for c in touched]
     table = pd.DataFrame(rows).astype({"k": float})
-    meta = {"length": episode.meta.get("length", len(episode.tokens)), "depth": episode.meta.get("depth")}
+    meta = {"length": episode.meta.get("length", len(episode.tokens)), "depth": depth(episode)}
     known = {"episode": episode.id, "group": episode.group, **meta, "answered": bool(clean.outcomes[0].correct)}
     return table.assign(**known)
+
+
+def parted(whole: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Answers and steps, from rows of `trial` that hold both."""
+    keys = ["episode", "group", "length", "depth", "answered", *CONDITION]
+    answers = whole.drop(columns=PER_STEP)
+    # one-step effects do not depend on the commit: the first one's rows hold them all
+    once = whole.drop_duplicates(["episode", "policy", "k", "edit"])
+    steps = once.loc[:, [k for k in keys if k != "commit"] + PER_STEP].explode(PER_STEP).dropna(subset=["step"])
+    kinds = {name: float for name in PER_STEP} | {"step": int, "step_heads": int, "step_active": int, "kept": bool}
+    names = {"step_heads": "heads", "step_active": "active"}
+    steps = steps.astype(kinds).rename(columns=names).reset_index(drop=True)
+    return answers.loc[:, [*keys, *(c for c in answers if c not in keys)]], steps
 
 
 def _one_step(
@@ -173,7 +196,7 @@ def _one_step(
         if not asked:  # the model stopped at once
             continue
         table = effects_on(model, stream.fork(), episode, said, asked, edit=edit).table
-        active = copy_paste(clean, plan.span).heads()
+        active = plan.active(clean)
         shared = [int(active[step][heads.mask()].sum()) for step, heads in asked]
         table = table.rename(columns={"size": "step_heads"}).assign(step_active=shared)[PER_STEP]
         for at, c in enumerate(now):
@@ -197,6 +220,7 @@ def _row(condition: Condition, commit: str, run: Trace, plan: Plan) -> dict[str,
         "text": outcome.text,
         "correct": bool(outcome.correct),
         "rouge_l": rouge_l(reference, outcome.text),
+        **marks(episode, outcome.text),
         "steps": len(heads),
         "heads": float(heads.mean()) if len(heads) else 0.0,
         **_compensation(run, used, plan),
@@ -214,7 +238,7 @@ def _compensation(run: Trace, used: Bool[Tensor, "n layer head"], plan: Plan) ->
     names = ("comp_max", "comp_mean", "comp_steps")
     if plan.static is None or (run.clean is None and run.heads_used is not None):
         return dict.fromkeys(names, np.nan)
-    before, after = (copy_paste(trace, plan.span).heads() for trace in (run.clean or run, run))
+    before, after = (plan.active(trace) for trace in (run.clean or run, run))
     new = (after & ~before & ~used & plan.static.mask()).flatten(1).sum(1)[run.answer_rows()].double()
     if not len(new):
         return dict.fromkeys(names, 0.0)

@@ -24,12 +24,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import platformdirs
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from dhlens.cache import cache_dir
 from dhlens.store import replacing
 
 
@@ -104,10 +104,38 @@ def resolve(name: str | Path) -> Source:
         return Source(name, hub_id=name)
     known = [*EMBEDDED, *HUB]
     near = difflib.get_close_matches(text.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known names are {', '.join(known)}."
     raise ValueError(
-        f"no model {text!r}; {'did you mean' if near else 'known names are'} {', '.join(near or known)}? "
-        "A Hub id (owner/model), a folder of safetensors and a .gguf file are taken too"
+        f"no model {text!r}; {hint} A Hub id (owner/model), a folder of safetensors and a .gguf file are taken too"
     )
+
+
+def read_config(name: str | Path, *, revision: str | None = None) -> Any:
+    """The config of what `name` means, also of a folder without weights or a config.json; weights are not touched.
+
+    Raises:
+        ValueError: an unknown name.
+        OSError: the config is not there, or neither in the cache nor to be had from the Hub.
+    """
+    path, text = Path(name).expanduser(), str(name)
+    if text in EMBEDDED:
+        path = _packaged(text, EMBEDDED[text])
+    if path.suffix == ".gguf":
+        _check_gguf(path)
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}")
+        return AutoConfig.from_pretrained(file)
+    source = resolve(name)
+    try:
+        return AutoConfig.from_pretrained(str(source.hub_id), revision=revision)
+    except OSError as error:
+        raise OSError(
+            f"config.json of {source.hub_id} is neither in the cache nor to be had from the Hub; run this once online "
+            f"(a gated model needs access: hf auth login) or give the path of its config.json ({_first_line(error)})"
+        ) from error
 
 
 def load_tokenizer(source: Source, *, revision: str | None = None) -> Any:
@@ -116,18 +144,22 @@ def load_tokenizer(source: Source, *, revision: str | None = None) -> Any:
     return AutoTokenizer.from_pretrained(str(source.folder or source.hub_id), **hub)
 
 
-def cache_dir() -> Path:
-    """Where converted weights are kept: `DHLENS_CACHE`, or the user's cache directory."""
-    return Path(os.environ.get("DHLENS_CACHE") or platformdirs.user_cache_dir("dhlens"))
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _embedded(name: str, packaged: Packaged) -> Source:
+def _packaged(name: str, packaged: Packaged) -> Path:
+    """The file that the package carries, its hash not checked yet."""
     spec = find_spec(packaged.package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"{name} reads its weights from the package {packaged.package}, which is not installed: {packaged.install}"
         )
-    path = Path(spec.submodule_search_locations[0]) / packaged.file
+    return Path(spec.submodule_search_locations[0]) / packaged.file
+
+
+def _embedded(name: str, packaged: Packaged) -> Source:
+    path = _packaged(name, packaged)
     _check_gguf(path)
     sha256 = _file_sha256(path)
     if sha256 != packaged.sha256:

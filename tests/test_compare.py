@@ -1,12 +1,16 @@
 """Comparing methods: hand-worked overlaps, chance levels against their slow judge, and the published numbers."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau, spearmanr
+from typer.testing import CliRunner
 
+from dhlens.cli import app
 from dhlens.compare import chance_jaccard, compare, tops
 from dhlens.heads import HeadSet
 from dhlens.render.overlap import overlap_map
@@ -195,3 +199,74 @@ def test_the_picture_sets_itself_apart():
     found = compare({"a": noisy(0, None), "b": HeadSet([(0, 11)], (1, 12))}, k=3, n_boot=20)
     own, *_ = overlap_map(found, ("jaccard",)).axes[0].texts
     assert own.get_style() == "italic" and own.get_text() == f"{found.methods['jaccard_halves'].iloc[0]:.2f}"
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_the_command_compares_published_files(data, tmp_path):
+    """The numbers of the two files as they were published: their best heads, and none in common."""
+    files = [data / "head_scores" / f"{model}.json" for model in ("llama-2-7b-80k", "Mixtral-8x7B-v0.1")]
+    (tmp_path / "nq.txt").write_text(QR_HEADS["8B NQ"])
+    found = json.loads(command(*files, tmp_path / "nq.txt", "--top-k", 20, "--boot", 20, "--json").stdout)
+    assert [m["rows"] for m in found["methods"]] == [586, 390, 0]
+    both = {(r["a"], r["b"]): r["both"] for r in found["overlap"]}
+    assert both["llama-2-7b-80k", "Mixtral-8x7B-v0.1"] == 0 and both["nq", "llama-2-7b-80k"] == 1
+    llama = (
+        "16-19 11-15 8-26 6-9 7-12 17-22 11-2 6-16 19-15 21-30 18-30 24-29 7-4 15-14 16-1 20-30 17-0 14-18 24-30 21-1"
+    )
+    assert HeadSet([tuple(head) for head in found["sets"]["llama-2-7b-80k"]], (32, 32)) == HeadSet(
+        llama.split(), (32, 32)
+    )
+    mixtral = HeadSet([tuple(head) for head in found["sets"]["Mixtral-8x7B-v0.1"]], (32, 32))
+    assert HeadSet("12-7 18-0 18-2 12-6 18-3 30-8 28-0 18-1 26-5 12-4".split(), (32, 32)).coverage(mixtral) == 1
+    (pair,) = found["ranks"]
+    assert abs(pair["pearson"]) < 0.05
+
+
+def test_the_command_writes_tables_and_a_picture(tmp_path):
+    for name, task in (("lme.txt", "8B LME"), ("nq.txt", "8B NQ")):
+        (tmp_path / name).write_text(QR_HEADS[task])
+    files, out = (tmp_path / "lme.txt", tmp_path / "nq.txt"), tmp_path / "out"
+    run = command(*files, "--shape", "32x32", "--out", out)
+    assert "0.1034" in run.stdout and "ranks" not in run.stdout
+    assert pd.read_csv(out / "overlap.csv")["jaccard"].round(4).tolist() == [0.1034, 0.1034]
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG") and (out / "methods.csv").is_file()
+    for arguments, message in (
+        ((*files, "--shape", "32x32", "--out", out), "results are never written over others"),
+        (files, "holds a set of heads: say the model's --shape"),
+        ((*files, "--shape", "32x32", "--boot", "-1"), "--boot is a number of draws, 0 or more, got -1"),
+        ((*files, "--shape", "32"), "--shape reads like 32x32, layers x heads, got '32'"),
+        ((files[0], files[0], "--shape", "32x32"), "a file is given twice"),
+        ((files[0], "--shape", "32x32"), "at least 2 methods, got 1"),
+        ((*files, "--shape", "12x12"), "lme.txt, line 1: L13H18 is outside 12 layers x 12 heads"),
+    ):
+        assert message in str(command(*arguments).exception)
+
+
+def test_the_command_widens_gates_and_tells_files_of_one_name_apart(tmp_path):
+    for folder, gates in (("a", "1\t0\n0.5\t0\n"), ("b", "0\t1\n0\t0.5\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "gates.tsv").write_text(gates)
+    files = [tmp_path / folder / "gates.tsv" for folder in ("a", "b")]
+    found = json.loads(command(*files, "--shape", "2x4", "--kv-heads", 2, "--top-k", 4, "--json").stdout)
+    assert [m["name"] for m in found["methods"]] == [str(file) for file in files]
+    assert found["sets"][str(files[0])] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_gates_take_the_shape_of_a_score_file_and_the_command_asks_only_for_what_is_missing(tmp_path):
+    gates, scores = tmp_path / "gates.tsv", tmp_path / "scores.json"
+    gates.write_text("1\t0\n0.5\t0\n")
+    scores.write_text(json.dumps({f"{layer}-{head}": [layer + head / 4] for layer in range(2) for head in range(4)}))
+    found = json.loads(command(gates, scores, "--kv-heads", 2, "--top-k", 4, "--boot", 0, "--json").stdout)
+    assert found["sets"]["gates"] == [[0, 0], [0, 1], [1, 0], [1, 1]] and len(found["ranks"]) == 1
+    shape, heads = "--shape, layers x heads, as 32x32", "--kv-heads, KV heads of a layer"
+    for arguments, missing in (
+        ((gates, scores), heads),
+        ((gates, gates.parent / "gates.tsv", scores, "--shape", "2x4"), "a file is given twice"),
+        ((gates, tmp_path / "more.tsv", "--kv-heads", 2), shape),
+        ((gates, tmp_path / "more.tsv"), f"{shape}, and {heads}"),
+    ):
+        (tmp_path / "more.tsv").write_text(gates.read_text())
+        assert str(command(*arguments).exception).endswith(missing)

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import ndcg_score
 from toy_traces import toy_trace
 
 from dhlens.compare import compare
-from dhlens.detectors import attention_mass, headkv_r2, qr_score, query_episodes
+from dhlens.detectors import attention_mass, headkv_r2, qr_ndcg, qr_score, query_episodes
 from dhlens.episode import Episode, Span
 from dhlens.scores import copy_paste
 from dhlens.wu import copy_paste_wu
@@ -168,6 +170,60 @@ def test_qr_refuses_what_it_cannot_score():
     for gone in ({"focus": None, "focus_key": None}, {"focus_key": asked.focus_key + 1}):
         with pytest.raises(ValueError, match="lacks attention by key on 'needle'"):
             qr_score(dataclasses.replace(asked, **gone))
+
+
+RANKED = Episode(
+    "n",
+    torch.arange(20),
+    torch.tensor([1]),
+    (
+        *(Span(f"doc_{i}", i, i + 1) for i in range(12)),
+        Span("fact_0", 2, 3),
+        Span("fact_1", 9, 10),
+        Span("question", 15, 17),
+    ),
+    {"group": "w"},
+)
+
+
+def ranking(values, null=None):
+    """A trace in which one head gives each of the twelve documents of `RANKED` a value."""
+    trace = looks(query_episodes([RANKED], null=null), [0, 0, 0])
+    n = len(trace)
+    focus = torch.tensor(values).half().expand(n, 1, 1, -1)
+    return dataclasses.replace(trace, focus_key=torch.arange(12).expand(n, -1), focus=focus)
+
+
+def test_ndcg_worked_by_hand():
+    """Gold documents on ranks 1 and 4 of the head's order; the best order would have them on 1 and 2."""
+    values = [0.0] * 12
+    values[9], values[0], values[1], values[2] = 0.5, 0.25, 0.125, 0.0625
+    want = (1 + 1 / np.log2(5)) / (1 + 1 / np.log2(3))
+    assert qr_ndcg(ranking(values)).values.item() == pytest.approx(want)
+    assert qr_ndcg(ranking(values), k=3).values.item() == pytest.approx(1 / (1 + 1 / np.log2(3)))
+    calibrated = qr_ndcg(ranking(values), ranking(values, NULL))
+    assert calibrated.groups == ("w",) and "best 10, gold fact_* of doc_*, less the null" in calibrated.source
+    # all values are 0 then: the prompt's order counts
+    assert calibrated.values.item() == pytest.approx((1 / np.log2(4) + 1 / np.log2(11)) / (1 + 1 / np.log2(3)))
+
+
+def test_ndcg_is_that_of_sklearn():
+    rng = np.random.default_rng(0)
+    gold = np.isin(np.arange(12), [2, 9])[None]
+    for k in (1, 5, 10):
+        values = rng.permutation(12) / 16
+        want = ndcg_score(gold, values[None], k=k)
+        assert qr_ndcg(ranking(values.tolist()), k=k).values.item() == pytest.approx(want)
+
+
+def test_ndcg_refuses_what_it_cannot_rank():
+    trace = ranking([0.0] * 12)
+    with pytest.raises(ValueError, match="k must be at least 1 rank, got 0"):
+        qr_ndcg(trace, k=0)
+    with pytest.raises(ValueError, match="none of the spans paper_"):
+        qr_ndcg(trace, documents="paper_*")
+    with pytest.raises(ValueError, match=r"none of its 2 documents holds fact_0"):
+        qr_ndcg(trace, documents=("doc_0", "doc_1"), gold="fact_0")
 
 
 def test_one_model_scored_by_all_methods(smollm2):

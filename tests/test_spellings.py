@@ -10,6 +10,7 @@ from dhlens.heads import SPELLINGS, HeadSet
 from dhlens.raster import share_entropy
 from dhlens.scores import Score, copy_paste
 from dhlens.spellings import (
+    content_of,
     parse_head_set,
     read_head_scores,
     read_head_set,
@@ -74,14 +75,17 @@ def test_reads_heads_in_any_order_and_spelling(tmp_path):
         ("[1, 2]", "one JSON object from heads to lists"),
         ("{}", "one JSON object from heads to lists"),
         ([["0-0", 1], ["0~1", 2]], "entry 2: a head id reads like"),
-        ([["0-0", 1], ["a0.h0", 2]], "entry 2: head 'a0.h0' is given twice, first in entry 1"),
+        ([["0-0", 1], ["a0.h0", 2]], "line 1, entry 2: head 'a0.h0' is given twice, first in line 1, entry 1"),
         ([["0-0", 1], ["0-1", "2"]], "entry 2: scores must be finite numbers, got '2'"),
         ({"0-0": [1], "0+1": [1]}, r"key '0\+1': a head id reads like"),
         ({"0-0": []}, "key '0-0': must be a list of at least one score"),
         ({"0-0": 0.5}, "key '0-0': must be a list of at least one score"),
         ({"0-0": [1, None]}, "key '0-0': scores must be finite numbers, got None"),
         ('{"0-0": [NaN]}', "key '0-0': scores must be finite numbers, got nan"),
-        ({"0-0": [1], "L0H0": [1]}, "key 'L0H0': head 'L0H0' is given twice, first in key '0-0'"),
+        ({"0-0": [1], "L0H0": [1]}, "key 'L0H0': head 'L0H0' is given twice, first in line 1, key '0-0'"),
+        ('{"0-0": [1],\n "0-1": [1],\n\n "0-0": [1]}', "line 4, key '0-0': .* twice, first in line 1, key '0-0'"),
+        ('{"0-0": [1],\n "0+1": [1]}', r"scores.json, line 2, key '0\+1': a head id reads like"),
+        ('[["0-0", 1],\n["L0H0", 1]]', "line 2, entry 2: head 'L0H0' is given twice, first in line 1, entry 1"),
         ({"0-0": [1], "99999-99999": [1]}, "heads L0H1, L0H2, L0H3, L0H4, L0H5 and more of 100000 layers"),
         ({"0-0": [1], "1-1": [1]}, "heads L0H1, L1H0 of 2 layers x 2 heads are missing"),
         ({"0-0": [1], "0-1": [1, 2]}, r"heads L0H1 have another number of samples than L0H0 \(1\)"),
@@ -113,8 +117,9 @@ def test_a_kv_head_lends_its_value_to_each_of_its_query_heads(tmp_path):
 @pytest.mark.parametrize(
     ("text", "shape", "kv", "message"),
     [
-        (GATES, None, 2, "say the model's shape and n_kv_heads"),
-        (GATES, (2, 6), None, "say the model's shape and n_kv_heads"),
+        (GATES, None, None, "say the model's shape and n_kv_heads"),
+        (GATES, None, 2, "say the model's shape$"),
+        (GATES, (2, 6), None, "say the model's n_kv_heads$"),
         (GATES, (2, 6), 4, "n_kv_heads that divide the model's 6 query heads, got 4"),
         (GATES, (2, 6), 3, "scores.json, line 1: 2 KV heads, the model has 3"),
         ("1\t0\n1\n", (2, 6), 2, "scores.json, line 2: 1 KV heads, the model has 2"),
@@ -186,6 +191,8 @@ def test_a_set_comes_back_in_every_spelling(tmp_path, spelling):
         "[(0, 0), (2, 22), (16, 19)]",
         "(0, 0), (2, 22), (16, 19)",
         str(HEADS),
+        '# Default configuration\n\nattn_head_set: "0-0,2-22,16-19" # top16\nmodel_base_class: "Llama-3"\n'
+        'model_name_or_path: "meta-llama/Llama-3"',
     ],
 )
 def test_lists_as_people_write_them(text):
@@ -200,13 +207,19 @@ def test_lists_as_people_write_them(text):
         ("0-0\n\nL0H0", "heads.txt, line 3: head 'L0H0' is given twice, first in line 1"),
         ("0-0\n28-1", "heads.txt, line 2: L28H1 is outside 28 layers x 24 heads"),
         ("0-24", "heads.txt, line 1: L0H24 is outside 28 layers x 24 heads"),
-        ('["0-0", "L0H0"]', "heads.txt, entry 2: head 'L0H0' is given twice, first in entry 1"),
-        ("[[0, 0], [1.5, 2]]", r"heads.txt, entry 2: a head is a pair of whole numbers, .* got \[1.5, 2\]"),
+        ('["0-0", "L0H0"]', "heads.txt, line 1, entry 2: head 'L0H0' is given twice, first in line 1, entry 1"),
+        ("[[0, 0], [1.5, 2]]", r"heads.txt, line 1, entry 2: a head is a pair of whole numbers, .* got \[1.5, 2\]"),
         ("[[0, 0, 1]]", "entry 1: a head is a pair of whole numbers"),
         ("[[0, -1]]", "entry 1: L0H-1 is outside"),
         ('[["13-18", 0.63]]', "entry 1: a head is a pair of whole numbers"),
         ("[3]", "entry 1: a head is a pair of whole numbers"),
-        ("[0-0, 2-22]", "heads.txt: a list must hold quoted ids"),
+        ("[0-0, 2-22]", "heads.txt, line 1, entry 1: a list must hold quoted ids"),
+        ("\n[[0, 0],\n[0, 0]]", "heads.txt, line 3, entry 2: .* twice, first in line 2, entry 1"),
+        ("(3)", "heads.txt, line 1, entry 1: a head is a pair of whole numbers"),
+        ("16 19\n3 4", "heads.txt, line 1: a head id reads like .* got '16'"),
+        ('# one\nattn_head_set: "0-0,0-99" # top2\n', "heads.txt, line 2: L0H99 is outside"),
+        ('attn_head_set: "full_heads"', "heads.txt, line 1: a head id reads like .* got 'full_heads'"),
+        ('model_base_class: "Llama"', "heads.txt, line 1: a head id reads like"),
         ("[[0, 0],\n[1, ", "heads.txt, line 2: no list of heads"),
     ],
 )
@@ -227,3 +240,64 @@ def test_nothing_is_written_over_or_in_an_unknown_form(tmp_path):
         spell(HEADS, "wu")
     with pytest.raises(ValueError, match="form must be one of"):
         write_head_scores(score, tmp_path / "new", "yaml")
+
+
+def circuit(nodes, **cfg):
+    """A whole circuit as EAP-IG writes it; older files hold a bare flag per node."""
+    edges = {"a0.h0->m0": {"score": 0.5, "in_graph": True}}
+    return json.dumps({"cfg": {"n_layers": 28, "n_heads": 24, **cfg}, "nodes": nodes, "edges": edges})
+
+
+NODES = {"input": True, "a0.h0": True, "a0.h1": False, "a2.h22": True, "m2": True, "a16.h19": True, "logits": True}
+
+
+@pytest.mark.parametrize("nodes", [NODES, {n: {"in_graph": kept, "score": 0.1} for n, kept in NODES.items()}])
+def test_the_heads_of_a_whole_circuit_are_read(nodes):
+    assert parse_head_set(circuit(nodes), SHAPE) == HEADS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (circuit(NODES, n_layers=12), r"heads.txt: a circuit of 12 layers x 24 heads, the model has \(28, 24\)"),
+        (circuit({"a0.h0": 1}), "heads.txt, node 'a0.h0': must be in the circuit or not .* got 1"),
+        (circuit({"a0.h0": {"score": 1}}), "heads.txt, node 'a0.h0': must be in the circuit or not .* got None"),
+        (circuit({"a0.h24": True}), "heads.txt, node 'a0.h24': L0H24 is outside 28 layers x 24 heads"),
+        (circuit({"attn": True}), "heads.txt, node 'attn': a head id reads like"),
+    ],
+)
+def test_a_circuit_of_another_model_or_form_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_head_set(text, SHAPE, name="heads.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ('{"16-19": [0.5, 1]}', "scores"),
+        ('[["13-18", 0.63]]', "scores"),
+        ("6.05e-01\t0.0\n", "gates"),
+        ("0.5\n0.25\n", "gates"),
+        (circuit(NODES), "set"),
+        ("{L0H0, L2H22}", "set"),
+        ("13-18,13-21", "set"),
+        ("13-18\n13-21", "set"),
+        ("L0H0", "set"),
+        ("[[0, 0], [2, 22]]", "set"),
+        ('["0-0"]', "set"),
+        ("", "set"),
+        ("16 19\n3 4", "set"),
+        ('# heads\nattn_head_set: "0-0"', "set"),
+    ],
+)
+def test_scores_are_told_from_sets(tmp_path, text, content):
+    (tmp_path / "file").write_text(text)
+    assert content_of(tmp_path / "file") == content
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "heads.pt"
+    path.write_bytes(b"\x80\x02}q")
+    for read in (lambda: read_head_set(path, SHAPE), lambda: read_head_scores(path), lambda: content_of(path)):
+        with pytest.raises(ValueError, match=r"heads\.pt holds neither heads nor scores: it is no text"):
+            read()

