@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from toy_tokenizers import CHATML, byte_level, lower_case, metaspace
 
-from dhlens.tasks.prompts import CHAT, Prompt, check_decodes, covering, encode
+from dhlens.tasks.prompts import CHAT, INSTRUCTION, Prompt, check_decodes, covering, encode
 
 QUESTION = "What is the magic word?"
 BOTH = pytest.mark.parametrize("tokenizer", [byte_level(), metaspace()], ids=["byte", "metaspace"])
@@ -87,8 +87,14 @@ def test_the_chat_prompt_is_what_the_template_renders():
     prompt = Prompt.of(tokenizer, "chat", QUESTION)
     text = tokenizer.decode(prompt.head) + "THE TEXT" + tokenizer.decode(prompt.tail)
     assert text.startswith("<|start|>system\n") and text.endswith("<|end|>\n<|start|>assistant\n")
-    assert f"<|start|>user\n{CHAT.format(context='THE TEXT', question=QUESTION)}<|end|>" in text
+    asked = CHAT.format(context="THE TEXT", question=QUESTION, instruction=INSTRUCTION)
+    assert f"<|start|>user\n{asked}<|end|>" in text
     assert prompt.lead == ""
+
+
+def test_the_instruction_is_the_last_thing_said():
+    asked = Prompt.of(byte_level(), "chat", QUESTION, instruction="In {one} word.")
+    assert byte_level().decode(asked.tail).endswith("Instruction:\nIn {one} word.<|end|>\n<|start|>assistant\n")
 
 
 def test_a_template_without_system_turn_and_with_a_space_before_replies():

@@ -23,7 +23,7 @@ from torch import Tensor
 from dhlens.episode import Episode, Span, Tokenizer
 from dhlens.tasks.haystack import Haystack, Window, read_haystack, windows
 from dhlens.tasks.needles import NEEDLES, Answer, Needle, Placed, fill, needle_called
-from dhlens.tasks.prompts import Prompt, encode
+from dhlens.tasks.prompts import Prompt, encode, told
 
 _TWIN_DRAWS = 1000
 
@@ -81,7 +81,7 @@ def episodes(
         )
     source = read_haystack(haystack)
     found = windows(tokenizer, source, n=n, width=max(lengths) - len(prompt), seed=seed, repeat=repeat)
-    shared = {"seed": seed, "haystack_sha256": source.sha256}
+    shared = {"seed": seed, "haystack_sha256": source.sha256, **told(template_kwargs)}
     return [
         _episode(tokenizer, prompt, window, fact, cell=_Cell(w, length, float(depth), k), meta=shared)
         for w, window in enumerate(found)

@@ -4,6 +4,7 @@
 context tokens between `head` and `tail`. Characters map to tokens by offsets, never by searching for strings.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,8 @@ from numpy import ndarray
 from dhlens.episode import Span, Tokenizer
 
 SYSTEM = "You are a helpful AI bot that answers a user's questions. Keep your replies short and direct."
-CHAT = (
-    "Context:\n{context}\n\nQuestion:\n{question}\n\nInstruction:\n"
-    "Answer from the context only, with nothing from outside it. Do not repeat what you found."
-)
+CHAT = "Context:\n{context}\n\nQuestion:\n{question}\n\nInstruction:\n{instruction}"
+INSTRUCTION = "Answer from the context only, with nothing from outside it. Do not repeat what you found."
 PLAIN = "{context}\n\nQuestion: {question}\nAnswer:"
 
 _CONTEXT, _QUESTION, _REPLY = "<<dhlens:context>>", "<<dhlens:question>>", "<<dhlens:reply>>"
@@ -59,6 +58,11 @@ def check_decodes(tokenizer: Tokenizer, tokens: list[int], text: str, what: str)
         raise ValueError(f"the tokenizer must give the {what} back as it is: {text!r} came back as {decoded!r}")
 
 
+def told(template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of an episode's meta that says with which options its template was rendered; empty without any."""
+    return {"template_kwargs": dict(template_kwargs)} if template_kwargs else {}
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered prompt without its context."""
@@ -81,16 +85,26 @@ class Prompt:
 
     @classmethod
     def of(
-        cls, tokenizer: Tokenizer, template: str, question: str, *, options: Mapping[str, Any] | None = None
+        cls,
+        tokenizer: Tokenizer,
+        template: str,
+        question: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        instruction: str = INSTRUCTION,
     ) -> "Prompt":
         """Render `template` ("chat", "plain", or a text with {context} and {question}) and tokenise both sides once.
 
+        `options` and `instruction` are of the chat prompt: what its template takes, and how it asks for the answer.
+
         Raises:
-            ValueError: no chat template where one is asked for, a place-holder is missing or doubled, or the
-                tokenizer does not give the question back.
+            ValueError: no chat template where one is asked for, options it does not take, a place-holder is missing or
+                doubled, or the tokenizer does not give the question back.
         """
+        if options and template != "chat":
+            raise ValueError(f"options are for the chat template, the prompt is {template!r}, got {sorted(options)}")
         if template == "chat":
-            text, lead = _render_chat(tokenizer, options or {})
+            text, lead = _render_chat(tokenizer, options or {}, instruction)
         else:
             text, lead = _render_text(tokenizer, PLAIN if template == "plain" else template)
         if text.count(_CONTEXT) != 1 or text.count(_QUESTION) != 1:
@@ -113,17 +127,22 @@ class Prompt:
         return Span("question", first + shift, stop + shift)
 
 
-def _render_chat(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[str, str]:
+def _render_chat(tokenizer: Tokenizer, options: Mapping[str, Any], instruction: str) -> tuple[str, str]:
     """The marked chat prompt and the white space that the template writes in front of a reply."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    written = getattr(tokenizer, "chat_template", None)
+    if written is None:
         raise ValueError(
             'the tokenizer has no chat template: use template="plain", or a text with {context} and {question}'
         )
 
+    unused = [name for name in options if not re.search(rf"\b{re.escape(name)}\b", str(written))]
+    if unused:
+        raise ValueError(f"the tokenizer's chat template takes no option {', '.join(map(repr, unused))}: misspelt?")
+
     def render(turns: list[dict[str, str]], ask: bool) -> str:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options)
 
-    user = CHAT.format(context=_CONTEXT, question=_QUESTION)
+    user = CHAT.format(context=_CONTEXT, question=_QUESTION, instruction=instruction)
     turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
     try:
         text = render(turns, True)
