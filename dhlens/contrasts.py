@@ -8,8 +8,8 @@ have been significant is marked so. McNemar's exact test stands beside it for an
 One pair is primary, fixed before any number was seen, with two measures that share Holm's bound. The other contrasts
 share it within one measure, edit and commit: over all of them at once, few windows could never show anything.
 
-Only episodes that the untouched model answers are compared, so its accuracy is 1 by construction and its own contrasts
-get no p.
+Answers are compared by one of `MEASURES`. By accuracy, only episodes that the untouched model answers count, so its own
+is 1 by construction; by F1, all do. The untouched model's own contrasts get no p.
 
 `answers` has one row per episode and condition, `steps` one per generation step of the clean answer; the columns are
 those of `dhlens.recipes.ablate`. A condition is (policy, k, edit, commit). Cost: seconds at 100 episodes x 50
@@ -21,28 +21,29 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import permutation_test
 
-from dhlens.stats import grouped_difference, grouped_mean, holm, mcnemar
+from dhlens.stats import grouped_difference, grouped_mean, holm, mcnemar, sign_flip
 
 CONDITION = ["policy", "k", "edit", "commit"]
 _ONE_STEP = ["policy", "k", "edit"]
-_FLIPS = 9_999
+MEASURES = {"accuracy": {"accuracy": "correct", "rouge_l": "rouge_l"}, "f1": {"f1": "f1", "em": "em"}}
+"""What answers are compared by, and the columns of `answers` for it; the first is primary."""
+_YES_OR_NO = ("accuracy", "em")
 
 
-def summary(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+def summary(answers: pd.DataFrame, steps: pd.DataFrame, *, by: str = "accuracy", seed: int) -> pd.DataFrame:
     """One row per condition, in order of first appearance.
 
     Columns: the condition, n (episodes), groups, heads (mean at a step of its own answer), step_heads (at a step of the
     clean one), overlap (share of the latter that copy at that very step: how far the policy names the dynamic heads),
-    then with `_low` and `_high` (95 %, over groups) accuracy, rouge_l, and of the one-step effects kept (share of
-    argmaxes) and kl (nats).
+    then with `_low` and `_high` (95 %, over groups) the `MEASURES` of answers, and of the one-step effects kept (share
+    of argmaxes) and kl (nats).
     """
     rows = []
     for key, part in _grouped(answers, CONDITION):
         row = dict(zip(CONDITION, key, strict=True))
         row |= {"n": len(part), "groups": part["group"].nunique(), "heads": part["heads"].mean()}
-        rows.append(row | _means(part, {"accuracy": "correct", "rouge_l": "rouge_l"}, seed))
+        rows.append(row | _means(part, MEASURES[by], seed))
     alone = []
     for key, part in _grouped(steps, _ONE_STEP):
         row = dict(zip(_ONE_STEP, key, strict=True)) | {"step_heads": part["heads"].mean()}
@@ -54,15 +55,15 @@ def summary(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.Data
     return pd.DataFrame(rows).merge(pd.DataFrame(alone), on=_ONE_STEP, how="left")
 
 
-def sweep(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+def sweep(answers: pd.DataFrame, steps: pd.DataFrame, *, by: str = "accuracy", seed: int) -> pd.DataFrame:
     """Effects and compensation against k, for the policies that were run at several sizes; empty where none was.
 
-    Columns: policy, edit, commit, k, n, then with `_low` and `_high` accuracy, rouge_l, kl (one step, nats), comp_max
-    and comp_mean (newly active static heads: the most at a step, and the mean over steps), comp_steps (share of steps
+    Columns: policy, edit, commit, k, n, then with `_low` and `_high` the `MEASURES`, kl (one step, nats), comp_max and
+    comp_mean (newly active static heads: the most at a step, and the mean over steps), comp_steps (share of steps
     with any). The untouched model stands at k = 0.
     """
     rows = []
-    names = {"accuracy": "correct"} | {n: n for n in ("rouge_l", "comp_max", "comp_mean", "comp_steps")}
+    names = MEASURES[by] | {n: n for n in ("comp_max", "comp_mean", "comp_steps")}
     sized, sized_steps = (table.loc[table["k"].notna()] for table in (answers, steps))
     untouched, untouched_steps = (t.loc[t["policy"] == "none"].assign(k=0.0) for t in (answers, steps))
     for (policy, edit, commit), part in _grouped(sized, ["policy", "edit", "commit"]):
@@ -75,16 +76,22 @@ def sweep(answers: pd.DataFrame, steps: pd.DataFrame, *, seed: int) -> pd.DataFr
 
 
 def contrasts(
-    answers: pd.DataFrame, steps: pd.DataFrame, *, primary: tuple[str, str] = ("dynamic", "static"), seed: int
+    answers: pd.DataFrame,
+    steps: pd.DataFrame,
+    *,
+    primary: tuple[str, str] = ("dynamic", "static"),
+    by: str = "accuracy",
+    seed: int,
 ) -> pd.DataFrame:
     """The first policy of `primary` against every other one, under each edit and commit, as paired differences.
 
-    Columns: first, second, edit, commit ("-" for one-step measures), measure (accuracy, rouge_l, kl, kept), primary
-    (bool), difference (first less second) with low and high (95 %, over groups), p, p_holm, p_mcnemar (accuracy), least
-    (the smallest p_holm that this number of groups allows), n (episodes), groups. Primary are accuracy and KL of that
-    pair under the first edit and commit. Empty where the first policy was not run.
+    Columns: first, second, edit, commit ("-" for one-step measures), measure (`MEASURES`, kl, kept), primary (bool),
+    difference (first less second) with low and high (95 %, over groups), p, p_holm, p_mcnemar (of yes and no), least
+    (the smallest p_holm that this number of groups allows), n (episodes), groups. Primary are the first measure and KL
+    of that pair under the first edit and commit. Empty where the first policy was not run.
     """
-    plain = answers.loc[answers["k"].isna()].rename(columns={"correct": "accuracy"})
+    measures = MEASURES[by]
+    plain = answers.loc[answers["k"].isna()].rename(columns={column: name for name, column in measures.items()})
     plain_steps = steps.loc[steps["k"].isna()]
     touched = plain.loc[plain["policy"] != "none"]
     rows: list[dict[str, Any]] = []
@@ -93,7 +100,7 @@ def contrasts(
         rows += [{**r, "edit": edit, "commit": "-"} for r in _pairs(within, primary[0], ["kl", "kept"], seed)]
         for commit in touched["commit"].unique():
             asked = (plain["edit"] == edit) & (plain["commit"] == commit) | (plain["policy"] == "none")
-            found = _pairs(plain.loc[asked], primary[0], ["accuracy", "rouge_l"], seed)
+            found = _pairs(plain.loc[asked], primary[0], list(measures), seed)
             rows += [{**r, "edit": edit, "commit": commit} for r in found]
     if not rows:
         return pd.DataFrame()
@@ -102,7 +109,7 @@ def contrasts(
     table["primary"] = (
         (table["second"] == primary[1])
         & (table["edit"] == touched["edit"].iloc[0])
-        & table["measure"].isin(["accuracy", "kl"])
+        & table["measure"].isin([by, "kl"])
         & table["commit"].isin(["-", first_commit])
     )
     table[["p_holm", "least"]] = np.nan
@@ -131,25 +138,11 @@ def _pairs(rows: pd.DataFrame, first: str, measures: Sequence[str], seed: int) -
         for measure in measures:
             a, b = (both[name].to_numpy(dtype=float) for name in (measure, f"{measure}_other"))
             value, low, high = grouped_difference(a, b, groups, seed=seed)
-            p = np.nan if second == "none" else _flip(a - b, groups, seed)
-            pairwise = mcnemar(a > 0, b > 0) if measure == "accuracy" and second != "none" else np.nan
+            p = np.nan if second == "none" else sign_flip(a - b, groups, seed=seed)
+            pairwise = mcnemar(a > 0, b > 0) if measure in _YES_OR_NO and second != "none" else np.nan
             n, n_groups = both["episode"].nunique(), len(np.unique(groups))
             row = {"first": first, "second": second, "measure": measure, "difference": value, "low": low, "high": high}
             yield row | {"p": p, "p_mcnemar": pairwise, "n": n, "groups": n_groups}
-
-
-def _flip(differences: np.ndarray, groups: np.ndarray, seed: int) -> float:
-    """P of the mean under random signs of whole groups; NaN below two groups."""
-    names, code = np.unique(groups, return_inverse=True)
-    sums = np.bincount(code, weights=differences, minlength=len(names))
-    if len(sums) < 2:
-        return np.nan
-    if not sums.any():
-        return 1.0
-    test = permutation_test(
-        (sums,), np.sum, permutation_type="samples", n_resamples=_FLIPS, rng=np.random.default_rng(seed)
-    )
-    return float(test.pvalue)
 
 
 def _means(part: pd.DataFrame, columns: dict[str, str], seed: int) -> dict[str, float]:
@@ -167,7 +160,9 @@ def _grouped(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.DataF
     yield from groups
 
 
-def in_words(summary: pd.DataFrame, pairs: pd.DataFrame | None, primary: tuple[str, str]) -> list[str]:
+def in_words(
+    summary: pd.DataFrame, pairs: pd.DataFrame | None, primary: tuple[str, str], *, by: str = "accuracy"
+) -> list[str]:
     """What is left of "the first policy hurts most" under each control, a sentence per edit and commit."""
     if pairs is None or pairs.empty:
         return [f"No contrasts: {primary[0]!r} was not run."]
@@ -179,10 +174,11 @@ def in_words(summary: pd.DataFrame, pairs: pd.DataFrame | None, primary: tuple[s
         sizes = ", ".join(f"{name} {n:.1f}" for name, n in at["step_heads"].items())
         lines.append(f"Heads taken at a step of the clean answer: {sizes}.")
         lines.append(f"One-step KL in nats under {edit}: {_said(primary[0], part, at['kl'], '.3f')}.")
-    for (edit, commit), part in _grouped(pairs.loc[pairs["measure"] == "accuracy"], ["edit", "commit"]):
+    what, form = ("Right answers", ".0%") if by == "accuracy" else ("F1 of answers", ".3f")
+    for (edit, commit), part in _grouped(pairs.loc[pairs["measure"] == by], ["edit", "commit"]):
         here = summary["edit"].isin([edit, "none"]) & summary["commit"].isin([commit, "none"]) & summary["k"].isna()
-        at = summary.loc[here].set_index("policy")["accuracy"]
-        lines.append(f"Right answers under {edit}, commit {commit}: {_said(primary[0], part, at, '.0%')}.")
+        at = summary.loc[here].set_index("policy")[by]
+        lines.append(f"{what} under {edit}, commit {commit}: {_said(primary[0], part, at, form)}.")
     marks = "Marks, against the first: * p < .05 after Holm; = not told apart; ? too few windows to tell."
     return [*dict.fromkeys(lines), marks]
 

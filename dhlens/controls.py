@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dhlens.card import digest
 from dhlens.heads import HeadSet
-from dhlens.policies import Dynamic, Policy, Static, StepView, combined, of_shape
+from dhlens.policies import Dynamic, Policy, Static, StepView, combined, of_shape, score_key
 from dhlens.scores import Scoring, copy_paste, copy_rank
 from dhlens.trace import Trace
 
@@ -101,7 +101,7 @@ def OtherStep(span: str = "needle", *, seed: int, score: Scoring | None = None) 
         rows = active.flatten(1).any(1).nonzero().flatten().tolist()
         return HeadSet.from_mask(active[_draw(rows, now, seed)]) if rows else HeadSet([], now.shape)
 
-    return Policy(choose, name="other step", key=f"{span}, seed {seed}, {'own score' if score else 'copy-paste'}")
+    return Policy(choose, name="other step", key=f"{span}, seed {seed}, {score_key(score)}")
 
 
 def OtherEpisode(source: Trace, span: str = "needle", *, seed: int, score: Scoring | None = None) -> Policy:  # noqa: N802
@@ -127,23 +127,35 @@ def OtherEpisode(source: Trace, span: str = "needle", *, seed: int, score: Scori
     return Policy(choose, needs_read=False, needs_past=False, name="other episode", key=key, check=of_source)
 
 
-def standard_policies(fit: Trace, *, seed: int, span: str = "needle") -> dict[str, Policy | None]:
+def standard_policies(
+    fit: Trace, *, seed: int, span: str = "needle", score: Scoring | None = None
+) -> dict[str, Policy | None]:
     """None, random, static, dynamic and the controls.
 
     At each step random, random by layer and static take as many heads as dynamic; tail and common share its heads;
     static 20 takes all 20; other step and other episode take what was active there, none at the first step of an
     answer. Heads that are active now may be among those of the other policies, but for `random`.
 
-    `random` draws among heads that are neither static nor ever active in `fit` (all but the static ones, where few are
-    left).
+    `random` draws among heads that are neither static nor ever active in `fit`; where few are left, among all but the
+    static ones, and where these are fewer than twice the most at a step, among all.
+
+    Args:
+        fit: observed answers that static heads are fitted on.
+        seed: of the draws.
+        span: where active heads copy from.
+        score: another score of yes and no that says which heads are active, such as
+            `dhlens.reasoning.ReasoningHeads`; all answers of `fit` count then, right or wrong.
 
     Raises:
         ValueError: no episode of `fit` was answered, or it lacks the span.
     """
-    ranking, top = static_ranking(fit, span), static_set(fit, span)
-    ever = HeadSet.from_mask(copy_paste(fit, span).heads().any(0)) | top
+    ranking, top = static_ranking(fit, span, score), static_set(fit, span, score)
+    active = (score or (lambda trace: copy_paste(trace, span)))(fit).heads()
+    ever = HeadSet.from_mask(active[fit.step >= 0].any(0)) | top
     spared = ever if len(ever) <= ranking.numel() // 2 else top
-    dynamic = Dynamic(span)
+    if ranking.numel() - len(spared) < 2 * int(active.flatten(1).sum(1).max()):
+        spared = HeadSet([], fit.shape)
+    dynamic = Dynamic(span, score=score)
     return {
         "none": None,
         "random": RandomLike(dynamic, seed=seed, exclude=spared),
@@ -153,49 +165,53 @@ def standard_policies(fit: Trace, *, seed: int, span: str = "needle") -> dict[st
         "dynamic": dynamic,
         "tail": dynamic - Static(top),
         "common": dynamic & Static(top),
-        "other step": OtherStep(span, seed=seed),
-        "other episode": OtherEpisode(fit, span, seed=seed),
+        "other step": OtherStep(span, seed=seed, score=score),
+        "other episode": OtherEpisode(fit, span, seed=seed, score=score),
     }
 
 
 def sized_policies(
-    fit: Trace, ks: Sequence[int], *, seed: int, span: str = "needle"
+    fit: Trace, ks: Sequence[int], *, seed: int, span: str = "needle", score: Scoring | None = None
 ) -> dict[str, dict[int | None, Policy | None]]:
     """Dynamic, static and random heads, k of them at every step, for each k.
 
-    Dynamic heads are taken in the order of `copy_rank`, static ones by mean score in `fit`; random ones are drawn once
-    per episode, from all heads.
+    Dynamic heads are taken in the order of `copy_rank`, or of another `score`, static ones by its mean in `fit` (that
+    of copy-paste; of another score over all answers, right or wrong); random ones are drawn once per episode, from all
+    heads.
 
     Raises:
         ValueError: a size is below 1 or more than the model has heads; no episode of `fit` was answered.
     """
-    ranking = static_ranking(fit, span)
+    ranking, order = static_ranking(fit, span, score), score or (lambda trace: copy_rank(trace, span))
     if not ks or min(ks) < 1 or max(ks) > ranking.numel():
         raise ValueError(f"k must lie within 1..{ranking.numel()}, the heads of the model, got {list(ks)}")
     static = {k: Static(HeadSet.top_k(ranking, k)) for k in ks}
     return {
-        "dynamic": {k: Dynamic(span, score=lambda trace: copy_rank(trace, span), top_k=k) for k in ks},
+        "dynamic": {k: Dynamic(span, score=order, top_k=k) for k in ks},
         "static": {k: static[k] for k in ks},
         "random": {k: RandomLike(static[k], seed=seed, redraw=False) for k in ks},
     }
 
 
-def static_set(fit: Trace, span: str = "needle") -> HeadSet:
+def static_set(fit: Trace, span: str = "needle", score: Scoring | None = None) -> HeadSet:
     """The heads of highest mean score in `fit`, 20 of them, as in the paper; all, where the model has fewer.
 
     Raises:
         ValueError: see `static_ranking`.
     """
-    ranking = static_ranking(fit, span)
+    ranking = static_ranking(fit, span, score)
     return HeadSet.top_k(ranking, min(STATIC, ranking.numel()))
 
 
-def static_ranking(fit: Trace, span: str = "needle") -> Float[Tensor, "layer head"]:
-    """Each head's mean copy-paste score over the answered episodes of `fit`.
+def static_ranking(fit: Trace, span: str = "needle", score: Scoring | None = None) -> Float[Tensor, "layer head"]:
+    """Each head's mean copy-paste score over the answered episodes of `fit`; that of another score over all.
 
     Raises:
         ValueError: none was answered, or `fit` lacks the span.
     """
+    if score is not None:
+        found = score(fit)
+        return found.values[found.answer_rows(answered=False)].mean(0, dtype=torch.float64)
     return copy_paste(fit, span).mean().to(torch.float64)
 
 

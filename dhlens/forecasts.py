@@ -21,6 +21,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 _BINS = 1000
 _ECE_BINS = 15
 _CURVE = 200
+_JOINT = 25
 
 Measured = dict[str, tuple[float, Float[np.ndarray, " draw"]]]
 """Measure to value and bootstrap draws; NaN draws where it has none."""
@@ -114,6 +115,21 @@ def precision_recall(found: Forecasts) -> pd.DataFrame:
     precision, recall, threshold = precision_recall_curve(found.truth.ravel(), found.predicted.ravel())
     kept = np.unique(np.searchsorted(-recall[:-1], -np.linspace(1, 0, _CURVE)).clip(max=len(threshold) - 1))
     return pd.DataFrame({"threshold": threshold[kept], "precision": precision[kept], "recall": recall[kept]})
+
+
+def joint(found: Forecasts) -> pd.DataFrame:
+    """How often each value was forecast beside each that came: predicted, actual (middles of bins), cells.
+
+    Both in 25 bins of equal width from the least to the largest of them; bins without cells are left out.
+    """
+    both = np.stack([found.predicted.ravel(), found.truth.ravel()])
+    edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-6), _JOINT + 1)
+    cells, *_ = np.histogram2d(*both, bins=(edges, edges))
+    middles = (edges[1:] + edges[:-1]) / 2
+    predicted, actual = cells.nonzero()
+    return pd.DataFrame(
+        {"predicted": middles[predicted], "actual": middles[actual], "cells": cells[predicted, actual].astype(int)}
+    )
 
 
 def _cells(found: Forecasts) -> dict[str, np.ndarray]:

@@ -101,7 +101,13 @@ def lagged_cca(
 
 
 def check_options(
-    trace: Trace, score: Score, lags: Iterable[int], *, draws: int = 20, controls: Sequence[str] = ()
+    trace: Trace,
+    score: Score,
+    lags: Iterable[int],
+    *,
+    draws: int = 20,
+    controls: Sequence[str] = (),
+    answered: bool = True,
 ) -> None:
     """Refuse what `lagged_cca` would, without its work.
 
@@ -109,7 +115,7 @@ def check_options(
         ValueError: see `lagged_cca`.
     """
     _Recipe("final", (0.95, 0.99), 1, False, tuple(controls), draws, 2)
-    _common_groups({lag: pair_steps(trace, score, lag) for lag in lags})
+    _common_groups({lag: pair_steps(trace, score, lag, answered=answered) for lag in lags})
 
 
 def _common_groups(every: Mapping[int, Pairs]) -> Shaped[np.ndarray, " group"]:

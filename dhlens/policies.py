@@ -143,7 +143,7 @@ def Dynamic(  # noqa: N802 - policies are nouns
             raise ValueError(f"top_k must lie within 0..{shape[0] * shape[1]} (the model's heads), got {top_k}")
 
     name = "dynamic" if top_k is None else f"dynamic top {top_k}"
-    key = f"{span}, above {threshold}, {'own score' if score else 'copy-paste'}"
+    key = f"{span}, above {threshold}, {score_key(score)}"
     return Policy(choose, needs_past=False, name=name, key=key, check=check)
 
 
@@ -152,6 +152,11 @@ def Static(heads: HeadSet) -> Policy:  # noqa: N802
     check = of_shape("heads", heads.shape)
     key = digest(heads)
     return Policy(lambda now, past: heads, needs_read=False, needs_past=False, name="static", key=key, check=check)
+
+
+def score_key(score: Scoring | None) -> str:
+    """What tells a policy's score from others, as far as it says so by a `key`."""
+    return "copy-paste" if score is None else str(getattr(score, "key", "own score"))
 
 
 def of_shape(what: str, mine: tuple[int, ...]) -> Check:
@@ -190,12 +195,14 @@ def along(policy: Policy | None, trace: Trace) -> list[HeadSet]:
     """
     if len(trace.episodes) != 1 or trace.step.tolist() != list(range(len(trace))):
         raise ValueError("a policy goes along the whole answer of one episode: trace.pick([i]) without prompt rows")
+    return [at_row(policy, trace, i) for i in range(len(trace))]
+
+
+def at_row(policy: Policy | None, trace: Trace, i: int) -> HeadSet:
+    """The heads that `policy` names at row i of the clean trace of one episode's answer, from its first step on."""
     if policy is None:
-        return [HeadSet([], trace.shape)] * len(trace)
-    found: list[HeadSet] = []
-    for i in range(len(trace)):
-        read = trace.select(trace.step == i) if policy.needs_read else None
-        past = trace.select(trace.step < i) if i and policy.needs_past else None
-        states = {site: trace.hidden[site][:i] for site in policy.sites}
-        found.append(policy(StepView(trace.episodes[0], i, int(trace.fed[i]), trace.shape, read, states), past))
-    return found
+        return HeadSet([], trace.shape)
+    read = trace.select(trace.step == i) if policy.needs_read else None
+    past = trace.select(trace.step < i) if i and policy.needs_past else None
+    states = {site: trace.hidden[site][:i] for site in policy.sites}
+    return policy(StepView(trace.episodes[0], i, int(trace.fed[i]), trace.shape, read, states), past)

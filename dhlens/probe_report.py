@@ -20,7 +20,7 @@ import pandas as pd
 
 from dhlens.baselines import BASELINES, Forecast
 from dhlens.fitting import best_threshold, fit_probe, parts
-from dhlens.forecasts import Forecasts, Measured, by_head, measures, precision_recall, reliability, resamples
+from dhlens.forecasts import Forecasts, Measured, by_head, joint, measures, precision_recall, reliability, resamples
 from dhlens.network import Training
 from dhlens.pairs import GroupSplit, Pairs, pair_steps
 from dhlens.probe import Kind, same_model
@@ -51,6 +51,8 @@ class ProbeTables:
     """Calibration by bins of probability: low, high, predicted, observed, cells. Empty for values."""
     curves: pd.DataFrame
     """Precision-recall curves: threshold, precision, recall. Empty for values."""
+    joint: pd.DataFrame
+    """What was predicted beside what came, of values: `dhlens.forecasts.joint`. Empty for yes and no."""
 
     def __str__(self) -> str:
         shown = self.table[self.table["metric"].isin(_SHOWN)]
@@ -125,7 +127,7 @@ def probe_table(
 
         probes = {kind: probe(kind, False) for kind in kinds} | {SHUFFLED: probe(kinds[0], True)}
         train = parts(pairs, split)[0]
-        known = [name for name in BASELINES if name != "needle_place" or score.span is not None]
+        known = [name for name in BASELINES if name != "needle_place" or None not in (score.span, target[1].span)]
         return probes | {name: BASELINES[name](train) for name in known}
 
     found = [one for pairs, others in every for one in _forecasts(pairs, others, splits, fit)]
@@ -170,8 +172,9 @@ def _tables(
     layer, head = (index.ravel() for index in np.indices(shape))
     place = pd.DataFrame({"layer": layer, "head": head})
 
-    def each(table: Callable[[Forecasts], pd.DataFrame], *, binary: bool = False) -> pd.DataFrame:
-        made = [_first(table(f), forecast=f.name, lag=f.lag) for f in found if f.called is not None or not binary]
+    def each(table: Callable[[Forecasts], pd.DataFrame], *, binary: bool | None = None) -> pd.DataFrame:
+        fitting = [f for f in found if binary is None or binary is (f.called is not None)]
+        made = [_first(table(f), forecast=f.name, lag=f.lag) for f in fitting]
         return pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=["forecast", "lag"])
 
     return ProbeTables(
@@ -181,6 +184,7 @@ def _tables(
         layers=each(lambda f: by_head(f, layer).rename(columns={"unit": "layer"})),
         reliability=each(reliability, binary=True),
         curves=each(precision_recall, binary=True),
+        joint=each(joint, binary=False),
     )
 
 

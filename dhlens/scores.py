@@ -201,8 +201,11 @@ def _soft_copy(trace: Trace, span: str, labels: Int[Tensor, " n"]) -> Float[Tens
     return torch.cat([torch.einsum("nlhf,nf->nlh", focus.float(), m.float()) for focus, m in chunks])
 
 
-def reasoning_mass(trace: Trace, spans: str | Sequence[str] = "fact_*") -> Score:
+def reasoning_mass(trace: Trace, spans: str | Sequence[str] = "fact_*", *, whole: bool = False) -> Score:
     """Attention on the `spans` as a share of all attention outside the sink and the local window, 0..1.
+
+    A head that hardly looks beyond those two can have a large share of nothing; `whole` takes the same attention as it
+    is, as a share of all.
 
     `spans` are names or patterns such as `fact_*`; an episode needs one of them at least. They must not overlap, or
     their mass counts twice. A row with less than 1e-6 attention left outside sink and local window gets 0.
@@ -225,4 +228,5 @@ def reasoning_mass(trace: Trace, spans: str | Sequence[str] = "fact_*") -> Score
         raise ValueError(f"{len(ids)} episodes have none of the spans {', '.join(names)}, first: {', '.join(ids[:3])}")
     total = trace.mass_core[:, trace.span_index("all")]
     values = torch.where(total < _NO_MASS, 0.0, mass.nansum(1) / total.clamp(min=_NO_MASS))
-    return Score("reasoning_mass", values, False, f"reasoning_mass, spans {', '.join(names)}", trace)
+    name = "evidence_mass" if whole else "reasoning_mass"
+    return Score(name, mass.nansum(1) if whole else values, False, f"{name}, spans {', '.join(names)}", trace)

@@ -21,10 +21,11 @@ from dhlens.pairs import GroupSplit, pair_steps
 from dhlens.probe import Kind, Probe, same_model
 from dhlens.probe_report import ProbeTables, probe_table
 from dhlens.raster import Raster
+from dhlens.reasoning import TOP, calibrated
 from dhlens.scores import Score, Scoring
 from dhlens.trace import Trace, regrouped
 
-_MEMBERS = {"probes": "table"} | {n: n for n in ("contrasts", "heads", "layers", "reliability", "curves")}
+_MEMBERS = {"probes": "table"} | {n: n for n in ("contrasts", "heads", "layers", "reliability", "curves", "joint")}
 _MONITOR = {"monitor": "table", "monitor_kinds": "kinds", "monitor_roc": "roc"}
 SHARES = (0.6, 0.2, 0.2)
 """Groups that train, validate and test; every group is tested once."""
@@ -63,6 +64,8 @@ class Study:
     seed: int
     device: str = "cpu"
     """Where probes are trained."""
+    answered: bool = True
+    """Whether episodes that were judged wrong are left out."""
 
     def of_separate_windows(self) -> "Study":
         """The same; where another run's windows share text with the trace's own, they count as these."""
@@ -86,7 +89,7 @@ class Study:
 
     def lags_on(self, name: str) -> list[int]:
         """The lags that are not longer than all answers of another run."""
-        longest = int(Raster.of(self.scoring(self.on[name])).place().max())
+        longest = int(Raster.of(self.scoring(self.on[name]), answered=self.answered).place().max())
         return [lag for lag in self.lags if lag <= longest]
 
     def problems(self) -> pd.DataFrame:
@@ -105,14 +108,15 @@ class Study:
                 `fitting.parts`; the runs belong to different models.
         """
         training_of(self.preset)
-        check_options(self.trace, self.score, self.lags, draws=self.draws, controls=self.controls)
+        asked: Any = {"draws": self.draws, "controls": self.controls, "answered": self.answered}
+        check_options(self.trace, self.score, self.lags, **asked)
         for lag in {*self.lags, *self.sweep}:
-            pairs = pair_steps(self.trace, self.score, lag)
+            pairs = pair_steps(self.trace, self.score, lag, answered=self.answered)
             for split in self._splits():
                 parts(pairs, split)
         for trace in (self.trace, *self.on.values()):
             same_model(self.trace.card, self.trace.shape, trace.card, trace.shape)
-            pair_steps(trace, self.scoring(trace), 0).hidden(self.site)
+            pair_steps(trace, self.scoring(trace), 0, answered=self.answered).hidden(self.site)
 
     def parts(self) -> Iterator[Part]:
         """The pieces, in order."""
@@ -136,13 +140,15 @@ class Study:
         """A probe of the first kind, by default on the first split."""
         split = split or self._splits()[0]
         options: Any = {"kind": kind or self.kinds[0], "preset": self.preset, "hidden": self.site, "seed": self.seed}
+        options |= {"answered": self.answered}
         return fit_probe(self.trace, self.score, lag=lag, split=split, device=self.device, **options)
 
     def _splits(self) -> list[GroupSplit]:
-        return GroupSplit.folds(pair_steps(self.trace, self.score, 0).groups, SHARES, seed=self.seed)
+        groups = pair_steps(self.trace, self.score, 0, answered=self.answered).groups
+        return GroupSplit.folds(groups, SHARES, seed=self.seed)
 
     def _cca(self, controls: Sequence[str]) -> pd.DataFrame:
-        options: Any = {"hidden": self.site, "draws": self.draws, "seed": self.seed}
+        options: Any = {"hidden": self.site, "draws": self.draws, "seed": self.seed, "answered": self.answered}
         return lagged_cca(self.trace, self.score, self.lags, controls=controls, **options)
 
     def _probes(self, lag: int) -> Tables:
@@ -162,12 +168,13 @@ class Study:
         self, lags: Sequence[int], kinds: Sequence[Kind], site: str, on: tuple[Trace, Score] | None = None
     ) -> ProbeTables:
         options: Any = {"preset": self.preset, "shares": SHARES, "seed": self.seed, "device": self.device}
+        options |= {"answered": self.answered}
         return probe_table(self.trace, self.score, lags=lags, kinds=kinds, hidden=site, on=on, **options)
 
     def _example(self) -> Tables:
         """An answer of the test groups, the probe's say beside what came; of several the middle one."""
         probe = self.probe(self.ahead)
-        pairs = pair_steps(self.trace, self.score, self.ahead).of(probe.split.test)
+        pairs = pair_steps(self.trace, self.score, self.ahead, answered=self.answered).of(probe.split.test)
         chosen = sorted(set(pairs.episode.tolist()))
         if not chosen:
             return {"example": pd.DataFrame(columns=["episode", "step", "layer", "head", "probability", "active"])}
@@ -178,8 +185,11 @@ class Study:
         index = pd.MultiIndex.from_product(
             [pairs.step[rows], range(said.shape[1]), range(said.shape[2])], names=["step", "layer", "head"]
         )
-        table = pd.DataFrame({"probability": said.ravel(), "active": came.ravel() > 0}, index=index).reset_index()
-        level = 0.5 if probe.threshold is None else probe.threshold
+        # of values, as many as the static set are called active
+        most = float(min(TOP, said[0].size - 1))
+        level = calibrated(self.score, most) if probe.threshold is None else probe.threshold
+        active = came.ravel() > (0 if self.score.binary else level)
+        table = pd.DataFrame({"probability": said.ravel(), "active": active}, index=index).reset_index()
         return {"example": table.assign(episode=self.trace.episodes[episode].id, lag=self.ahead, threshold=level)}
 
     def _monitor(self, unit: Unit) -> Tables:

@@ -5,11 +5,14 @@
 The tidy tables of a run keep every number in a column of its own; `summary()` and the report show them this way.
 """
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dhlens.episode import Episode
+from dhlens.stats import exact_match, final_answer, token_f1
 from dhlens.trace import Trace
 
 _NO_BREAK = "\u00a0"
@@ -49,7 +52,7 @@ def outcomes(trace: Trace) -> pd.DataFrame:
             "episode": e.id,
             "group": e.group,
             "length": e.meta.get("length", len(e.tokens)),
-            "depth": e.meta.get("depth"),
+            "depth": depth(e),
             "answer": e.meta.get("answer_text"),
             "text": o.text,
             "correct": o.correct,
@@ -59,6 +62,27 @@ def outcomes(trace: Trace) -> pd.DataFrame:
         for e, o in zip(trace.episodes, trace.outcomes, strict=True)
     ]
     return pd.DataFrame(rows)
+
+
+def depth(episode: Episode, *, spans: str = "fact_*", within: str = "context") -> float | None:
+    """Where the evidence stands, 0..1: as the task says, else the mean place of the facts' middles in the context."""
+    facts = [s for s in episode.spans if fnmatchcase(s.name, spans)]
+    if "depth" in episode.meta or not facts or not episode.has(within):
+        return episode.meta.get("depth")
+    whole = episode.span(within)
+    return float(np.mean([(s.start + s.stop) / 2 - whole.start for s in facts]) / len(whole))
+
+
+def marks(episode: Episode, text: str) -> dict[str, float]:
+    """EM and F1 of a reply, the best over the ways to write the answer; NaN where the answer is not known."""
+    answer = episode.meta.get("answer_text")
+    if answer is None:
+        return {"em": np.nan, "f1": np.nan}
+    said, right = final_answer(text), [str(answer), *episode.meta.get("aliases", ())]
+    return {
+        "em": float(max(exact_match(said, gold) for gold in right)),
+        "f1": max(token_f1(said, gold) for gold in right),
+    }
 
 
 def _interval(value: float, low: float, high: float, *, digits: int) -> str:

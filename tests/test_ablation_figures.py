@@ -149,7 +149,7 @@ def test_grids_bin_all_panels_alike_and_drop_text_that_does_not_fit():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"value": "kl"}, "value must be one of correct, rouge_l, got 'kl'"),
+        ({}, {"value": "kl"}, "value must be one of correct, rouge_l, f1, mass, got 'kl'"),
         ({}, {"policies": ["dynamic", "statik"]}, "got none under statik"),
         ({"correct": None}, {}, "got none under any policy"),
     ],

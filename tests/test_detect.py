@@ -11,6 +11,7 @@ from tiny import build, episode, tokenizer
 from typer.testing import CliRunner
 
 import dhlens.recipes.detect as detect
+from dhlens import observation
 from dhlens.cli import app, main
 from dhlens.engine import generate, observe
 from dhlens.episode import Episode
@@ -82,8 +83,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(model, episodes, tmp_path, monke
         scan(model, episodes, out=tmp_path / "cut", observation=SHORT, progress=False)
     monkeypatch.undo()
     done = []
-    original = detect.observe_each
-    monkeypatch.setattr(detect, "observe_each", lambda *a, only, **k: done.extend(only) or original(*a, only=only, **k))
+    each = observation.observe_each
+    monkeypatch.setattr(
+        observation, "observe_each", lambda *a, only, **k: done.extend(only) or each(*a, only=only, **k)
+    )
     resumed = scan(model, episodes, out=tmp_path / "cut", observation=SHORT, progress=False)
     assert len(done) == 5 and not {episodes[i].id for i in done} & set(saved)
     same(whole, resumed)
@@ -104,7 +107,7 @@ def test_a_failure_in_another_process_arrives(model, episodes, tmp_path, monkeyp
 
 def test_a_finished_run_is_read_not_run(model, episodes, tmp_path, monkeypatch):
     first = scan(model, episodes, out=tmp_path / "run", observation=SHORT, progress=False)
-    monkeypatch.setattr(detect, "observe_each", lambda *a, **k: pytest.fail("it ran again"))
+    monkeypatch.setattr(observation, "observe_each", lambda *a, **k: pytest.fail("it ran again"))
     again = scan(model, episodes, out=tmp_path / "run", observation=SHORT, progress=False)
     assert again.folder == first.folder
     same(first, again)

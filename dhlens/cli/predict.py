@@ -36,7 +36,7 @@ def predict(
 ) -> None:
     """Correlate states with heads, forecast heads from states, save the probes, and watch for wrong answers."""
     from dhlens.recipes.prediction import run_study
-    from dhlens.scores import copy_paste
+    from dhlens.scores import copy_paste, reasoning_mass
     from dhlens.study import Study
     from dhlens.trace import Trace
     from dhlens.weights import load_tokenizer, resolve
@@ -48,13 +48,16 @@ def predict(
     others = {other.name: _trace(other) for other in on or []}
     if len(others) < len(on or []):
         raise ValueError("the folders of --on must differ in their last name, which stands in the tables")
+    facts = _over_facts([*runs, *(on or [])])
     trace = Trace.pool([_trace(run) for run in runs]) if len(runs) > 1 else _trace(runs[0])
+    if facts and absent:
+        raise ValueError("--absent takes needles away, and these runs are of questions over documents")
     if not 0 <= absent <= len(trace.episodes):
         raise ValueError(f"--absent must lie within 0..{len(trace.episodes)}, the episodes of the runs, got {absent}")
     progress = not (quiet or as_json)
     study = Study(
         trace=trace,
-        scoring=copy_paste,
+        scoring=reasoning_mass if facts else copy_paste,
         on=others,
         lags=steps,
         kinds=chosen,
@@ -68,19 +71,32 @@ def predict(
         absent_key=f"{absent}, seed {seed}" if absent else "",
         seed=seed,
         device=device or "cpu",
+        # what heads look at is asked, not whether the answer is right
+        answered=not facts,
     )
     result = run_study(study, out=out, progress=progress)
     say(result, out, as_json)
 
 
-def _trace(folder: Path) -> Any:
-    from dhlens.recipes import Scan
+def _over_facts(runs: list[Path]) -> bool:
+    """Whether the runs are of questions over documents; else of needles."""
     from dhlens.store import Run
 
-    kind = Run.read(folder).card.settings.get("recipe", "scan")
-    if kind != "scan":
-        raise ValueError(f"states are read from scans (dhlens scan --out RUN), and {folder} holds: {kind}")
-    return Scan.load(folder).trace
+    kinds = {run: Run.read(run).card.settings.get("recipe", "scan") for run in runs}
+    for run, kind in kinds.items():
+        if kind not in ("scan", "reason"):
+            raise ValueError(f"states are read from scans (dhlens scan --out RUN), and {run} holds: {kind}")
+    if len(set(kinds.values())) > 1:
+        raise ValueError("needle scans and scans over documents have other scores: predict one kind at a time")
+    return kinds[runs[0]] == "reason"
+
+
+def _trace(folder: Path) -> Any:
+    from dhlens.recipes import Reasoning, Scan
+    from dhlens.store import Run
+
+    of_facts = Run.read(folder).card.settings.get("recipe") == "reason"
+    return (Reasoning if of_facts else Scan).load(folder).trace
 
 
 def _absent(trace: Any, n: int, *, seed: int, device: str | None, progress: bool) -> Any:

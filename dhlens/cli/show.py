@@ -82,8 +82,8 @@ def _index(episode: str, ids: list[str]) -> int:
 
 
 def _load(folder: Path) -> Any:
-    from dhlens.recipes import Ablation, Prediction, Scan
+    from dhlens.recipes import Ablation, Prediction, Rag, Reasoning, Scan
     from dhlens.store import Run
 
-    kinds = {"ablate": Ablation, "predict": Prediction}
+    kinds = {"ablate": Ablation, "predict": Prediction, "rag": Rag, "reason": Reasoning}
     return kinds.get(Run.read(folder).card.settings.get("recipe", ""), Scan).load(folder)

@@ -33,13 +33,14 @@ from dhlens.engine import observation_card
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
 from dhlens.model import Model
-from dhlens.policies import Policy
+from dhlens.policies import Policy, score_key
 from dhlens.prefix import prefill
 from dhlens.render import Report, report
 from dhlens.render.ablate import ablation_pictures
+from dhlens.scores import Scoring
 from dhlens.store import Run
 from dhlens.tables import compact
-from dhlens.trial import PER_STEP, PerEpisode, Plan, check_plan, conditions_of, trial
+from dhlens.trial import PerEpisode, Plan, check_plan, conditions_of, parted, trial
 
 _SHOWN = {
     "summary": ["n", "groups"],
@@ -54,8 +55,8 @@ class Ablation:
     """What an ablation found. All tables follow from `answers` and `steps`."""
 
     answers: pd.DataFrame
-    """One row per episode and condition (policy, k, edit, commit): text, correct, rouge_l, steps, heads (mean at a
-    step), comp_max, comp_mean, comp_steps (newly active static heads), answered (the untouched model was right)."""
+    """One row per episode and condition (policy, k, edit, commit): text, correct, rouge_l, em, f1, steps, heads (mean
+    at a step), comp_max, comp_mean, comp_steps (newly active static heads), answered (untouched, it is right)."""
     steps: pd.DataFrame
     """One row per episode, policy, k, edit and step of the clean answer: heads, active (those of them that copy at this
     very step), logit_change, prob, prob_clean, kl (nats), kept."""
@@ -69,20 +70,23 @@ class Ablation:
     """Of the bootstrap and the permutations."""
     folder: Path | None = None
     """Where the run lies, if on disk."""
+    by: str = "accuracy"
+    """What answers are compared by, of `dhlens.contrasts.MEASURES`."""
 
     @cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
         """By name: answers and steps, and what follows from them.
 
-        summary, contrasts and sweep count the episodes that the untouched model answered; causal and agreement are of
-        causal maps.
+        summary, contrasts and sweep count, by accuracy, the episodes that the untouched model answered, and by F1 all;
+        causal and agreement are of causal maps.
         """
-        right, right_steps = (t.loc[t["answered"].astype(bool)] for t in (self.answers, self.steps))
+        all_count = self.by != "accuracy"
+        counted = [t.loc[t["answered"].astype(bool) | all_count] for t in (self.answers, self.steps)]
         found = {"answers": self.answers, "steps": self.steps}
-        if len(right):
-            found["summary"] = contrasts.summary(right, right_steps, seed=self.seed)
-            found["contrasts"] = contrasts.contrasts(right, right_steps, primary=self.primary, seed=self.seed)
-            found["sweep"] = contrasts.sweep(right, right_steps, seed=self.seed)
+        if len(counted[0]):
+            found["summary"] = contrasts.summary(*counted, by=self.by, seed=self.seed)
+            found["contrasts"] = contrasts.contrasts(*counted, primary=self.primary, by=self.by, seed=self.seed)
+            found["sweep"] = contrasts.sweep(*counted, by=self.by, seed=self.seed)
         if self.causal is not None:
             found |= {"causal": self.causal, "agreement": agreement_table(self.causal)}
         return {name: table for name, table in found.items() if len(table) or name in ("answers", "steps")}
@@ -94,21 +98,23 @@ class Ablation:
         lines = [f"{right} of {len(episodes)} episodes answered untouched, {episodes['group'].nunique()} windows."]
         if "summary" not in self.tables:
             return [*lines, "Nothing to compare: the untouched model answered none."]
-        return [*lines, *contrasts.in_words(self.tables["summary"], self.tables.get("contrasts"), self.primary)]
+        pairs = self.tables.get("contrasts")
+        return [*lines, *contrasts.in_words(self.tables["summary"], pairs, self.primary, by=self.by)]
 
     def summary(self) -> str:
         """Notes, summary, contrasts and sweep, as text."""
         return "\n\n".join([*self.notes(), *(t.to_string(index=False) for t in self._shown().values())])
 
     def measures(self) -> pd.DataFrame:
-        """What two ablations are compared by: accuracy, rouge_l, kept and kl by condition.
+        """What two ablations are compared by: the measures of answers, kept and kl by condition.
 
         Raises:
             ValueError: the untouched model gave no right answer.
         """
         if "summary" not in self.tables:
             raise ValueError("there is nothing to compare: the untouched model gave no right answer")
-        return self.tables["summary"].set_index(contrasts.CONDITION).loc[:, ["accuracy", "rouge_l", "kept", "kl"]]
+        table = self.tables["summary"].set_index(contrasts.CONDITION)
+        return table.loc[:, [*contrasts.MEASURES[self.by], "kept", "kl"]]
 
     def values(self) -> dict[str, Any]:
         """Summary, contrasts and sweep as JSON values."""
@@ -149,6 +155,7 @@ class Ablation:
             (first, second),
             settings["stats_seed"],
             run.folder,
+            settings.get("by", "accuracy"),
         )
 
 
@@ -161,6 +168,8 @@ def ablate(
     commit: str | Sequence[str] = "edited",
     static: HeadSet | None = None,
     span: str = "needle",
+    score: Scoring | None = None,
+    by: str = "accuracy",
     prompt: bool = False,
     primary: tuple[str, str] = ("dynamic", "static"),
     max_new_tokens: int = 48,
@@ -180,7 +189,9 @@ def ablate(
         edit: what happens to the heads, default `zero()`; several by name; `PerEpisode` where it is made anew for each.
         commit: "edited", "clean" or both; see `dhlens.lanes`.
         static: heads whose new activity counts as compensation.
-        span: where the answer is copied from, for compensation.
+        span: where the answer is copied from: which heads are active.
+        score: another score of yes and no that says so, such as `dhlens.reasoning.ReasoningHeads`.
+        by: what answers are compared by: "accuracy", of episodes that the untouched model answers, or "f1", of all.
         prompt: edit the prompt's rows as well; needs policies that read nothing.
         primary: the two policies whose contrast is fixed beforehand.
         max_new_tokens: most answer tokens.
@@ -193,7 +204,7 @@ def ablate(
 
     Raises:
         ValueError: see `limits.check_episodes`, `dhlens.decode` and `store.Run.open`; no policy, a size beyond the
-            model's heads, static heads of another shape, an episode without the span.
+            model's heads, static heads of another shape, an episode without the span, another `by`.
         TypeError: `policies` is no mapping, or a policy something else.
 
     Source: arXiv 2602.11162, section 4, figures 2 and 3; the paper leaves edit, commit and the controls open.
@@ -204,10 +215,14 @@ def ablate(
     commits = [commit] if isinstance(commit, str) else list(commit)
     if causal_maps < 0:
         raise ValueError(f"causal_maps must be a number of episodes, at least 0, got {causal_maps}")
+    if by not in contrasts.MEASURES:
+        raise ValueError(f"answers are compared by {' or '.join(contrasts.MEASURES)}, got {by!r}")
     conditions = conditions_of(policies, edits)
-    plan = Plan(conditions, edits, commits, static, span, prompt, max_new_tokens, batch)
+    plan = Plan(conditions, edits, commits, static, span, prompt, max_new_tokens, batch, score)
     check_plan(model, episodes, plan)
     card = _card(model, episodes, plan, primary=list(primary), causal_maps=causal_maps, stats_seed=seed)
+    if score is not None or by != "accuracy":
+        card = card.with_settings(score=score_key(score), by=by)
     run = None if out is None else Run.open(out, card)
     if run is not None and run.finished:
         return Ablation.load(run.folder)
@@ -215,7 +230,7 @@ def ablate(
         parts = dict(_trials(model, episodes, plan, card, run, progress=progress))
         whole = pd.concat([parts[i] for i in range(len(episodes))], ignore_index=True)
         maps = _causal_maps(model, episodes, whole, plan, run, causal_maps, progress=progress)
-        result = Ablation(*_tables(whole), card, maps, primary, seed, run.folder if run else None)
+        result = Ablation(*parted(whole), card, maps, primary, seed, run.folder if run else None, by)
         if run:
             run.finish(result.tables, texts={"report.html": result.report().html, "summary.txt": result.summary()})
     return result
@@ -283,16 +298,3 @@ def _card(model: Model, episodes: Sequence[Episode], plan: Plan, **settings: Any
         span=plan.span,
         **settings,
     )
-
-
-def _tables(whole: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Answers and steps from one row per episode and condition that holds both."""
-    keys = ["episode", "group", "length", "depth", "answered", *contrasts.CONDITION]
-    answers = whole.drop(columns=PER_STEP)
-    # one-step effects do not depend on the commit: the first one's rows hold them all
-    once = whole.drop_duplicates(["episode", "policy", "k", "edit"])
-    steps = once.loc[:, [k for k in keys if k != "commit"] + PER_STEP].explode(PER_STEP).dropna(subset=["step"])
-    kinds = {name: float for name in PER_STEP} | {"step": int, "step_heads": int, "step_active": int, "kept": bool}
-    names = {"step_heads": "heads", "step_active": "active"}
-    steps = steps.astype(kinds).rename(columns=names).reset_index(drop=True)
-    return answers.loc[:, [*keys, *(c for c in answers if c not in keys)]], steps

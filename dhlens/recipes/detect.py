@@ -8,43 +8,31 @@ With `out=` the run is a folder: one shard per episode, written as it is done, s
 stopped and ends with the same numbers. About the time of plain generation (`benchmarks/observe.py`).
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
 from dhlens.dynamics import Dynamics, dynamics
-from dhlens.engine import observation_card, observe_each, warn_mismatch
+from dhlens.engine import observation_card
 from dhlens.episode import Episode
 from dhlens.executor import Executor, serial
 from dhlens.limits import at_least_one, check_episodes
-from dhlens.model import Model, load
+from dhlens.model import Model
+from dhlens.observation import Observation, gathered
 from dhlens.paper import beside_the_paper, in_words
-from dhlens.reads import Capture
 from dhlens.render import Report, report
 from dhlens.render.scan import scan_pictures
 from dhlens.scores import Score, copy_paste
 from dhlens.store import Run, load_trace
 from dhlens.tables import outcomes
 from dhlens.trace import Trace
-
-
-@dataclass(frozen=True)
-class Observation:
-    """How a scan observes; everything here decides numbers and stands in the card."""
-
-    max_new_tokens: int = 48
-    draft: bool | str = True
-    capture: Capture = Capture()
-    share: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,71 +187,21 @@ def scan(
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     card = _card(model, episodes, observation, static_from=static_from, seed=seed)
-    if out is None:
-        if executor is not serial:
-            raise ValueError("several processes meet on disk: give out=, the folder of the run")
-        done = observe_each(model, episodes, **vars(observation))
-        found = dict(tqdm(done, total=len(episodes), desc="scan", unit="episode", disable=not progress))
-        trace = Trace.cat([found[i] for i in range(len(episodes))])
-        return Scan(
-            dataclasses.replace(trace, card=dataclasses.replace(card, counts=trace.card.counts)), static_from, seed
-        )
-    run = Run.open(out, card)
-    if run.finished:
-        return Scan.load(out)
-    with run.alone():
-        left = [i for i, e in enumerate(episodes) if not run.done(e.id)]
-        job = ScanJob(model, episodes, observation, run)
-        done = len(episodes) - len(left)
-        with tqdm(total=len(episodes), initial=done, desc="scan", unit="episode", disable=not progress) as bar:
-            for n in executor(job, _families(episodes, left)):
-                bar.update(n)
-        trace = run.load_shards([e.id for e in episodes])
-        warn_mismatch(trace.card)
-        result = Scan(trace, static_from, seed, run.folder)
-        texts = {"report.html": result.report().html, "summary.txt": result.summary()}
-        run.finish(result.tables, trace=trace, texts=texts)
+    run = None if out is None else Run.open(out, card)
+    if run is not None and run.finished:
+        return Scan.load(run.folder)
+    with run.alone() if run else nullcontext():
+        trace = gathered(model, episodes, observation, card, run=run, executor=executor, progress=progress)
+        result = Scan(trace, static_from, seed, run.folder if run else None)
+        if run:
+            texts = {"report.html": result.report().html, "summary.txt": result.summary()}
+            run.finish(result.tables, trace=trace, texts=texts)
     return result
-
-
-@dataclass
-class ScanJob:
-    """Observes episodes and saves their shards; sent to another process it loads its model anew by name."""
-
-    model: Model | None
-    episodes: Sequence[Episode]
-    observation: Observation
-    run: Run
-
-    def __call__(self, indices: Sequence[int]) -> Iterator[int]:
-        """Yield each index once its shard is saved."""
-        if self.model is None:
-            card = self.run.card
-            dtype, device = getattr(torch, card.dtype), card.settings["device"]
-            self.model = load(card.model, dtype=dtype, device=device, revision=card.revision)
-        for i, trace in observe_each(self.model, self.episodes, **vars(self.observation), only=indices):
-            card = dataclasses.replace(self.run.card, counts=trace.card.counts)
-            self.run.save_shard(dataclasses.replace(trace, card=card))
-            yield i
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.model is not None and not self.model.named:
-            raise ValueError(
-                "other processes load the model by its name: load it from a name or a folder, not an object"
-            )
-        return {**self.__dict__, "model": None}
 
 
 def _card(model: Model, episodes: Sequence[Episode], observation: Observation, **settings: Any) -> RunCard:
     card = observation_card(model, **{**vars(observation), "rows": None}).with_episodes(episodes)
     return card.with_settings(static_from=settings["static_from"], stats_seed=settings["seed"])
-
-
-def _families(episodes: Sequence[Episode], indices: Sequence[int]) -> list[list[int]]:
-    by_group: dict[str, list[int]] = {}
-    for i in indices:
-        by_group.setdefault(episodes[i].group, []).append(i)
-    return list(by_group.values())
 
 
 def _aligned(table: pd.DataFrame) -> str:

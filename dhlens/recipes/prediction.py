@@ -44,10 +44,10 @@ class Prediction:
 
     tables: Mapping[str, pd.DataFrame]
     """By name: cca and controlled (`dhlens.lagged_cca`, plain and with `controls` partialled out); probes, contrasts,
-    heads, layers, reliability and curves (`dhlens.probe_report.ProbeTables`; probes has besides `on`, the run that was
-    forecast, "" for its own); transfers (contrasts on other runs); sites (probes by hidden site); example (one answer);
-    monitor, monitor_kinds and monitor_roc (`dhlens.monitor.Monitor`); problems (what could not be measured, and why);
-    outcomes (one row per episode)."""
+    heads, layers, reliability, curves and joint (`dhlens.probe_report.ProbeTables`; probes has besides `on`, the run
+    that was forecast, "" for its own); transfers (contrasts on other runs); sites (probes by hidden site); example (one
+    answer); monitor, monitor_kinds and monitor_roc (`dhlens.monitor.Monitor`); problems (what could not be measured,
+    and why); outcomes (one row per episode)."""
     probes: Mapping[int, Probe]
     """Lag to a probe of the first kind, trained on 60 % of the windows."""
     card: RunCard
@@ -130,6 +130,7 @@ def predict(
     absent: Trace | None = None,
     seed: int = 0,
     device: str = "cpu",
+    answered: bool = True,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Prediction:
@@ -151,6 +152,7 @@ def predict(
         absent: answers to questions whose needle is absent, for the monitor.
         seed: of splits, probes, nulls and bootstrap.
         device: where probes are trained.
+        answered: leave out episodes that were judged wrong.
         out: folder of the run; begun, resumed or, if finished with the same settings, read.
         progress: show a bar.
 
@@ -179,6 +181,7 @@ def predict(
         absent_key="" if absent is None else absent.card.fingerprint(),
         seed=seed,
         device=device,
+        answered=answered,
     )
     return run_study(study, out=out, progress=progress)
 
@@ -227,6 +230,7 @@ def _card(study: Study) -> RunCard:
     asked |= {"on": {name: other.card.fingerprint() for name, other in study.on.items()}, "absent": study.absent_key}
     asked |= {"lags": list(study.lags), "kinds": list(study.kinds), "preset": preset, "site": study.site}
     asked |= {"sweep": list(study.sweep), "controls": list(study.controls), "draws": study.draws}
+    asked |= {} if study.answered else {"answered": False}
     return study.trace.card.with_settings(**asked, tokens=study.tokenizer is not None, study_seed=study.seed)
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from dhlens.agreement import causal_arrays
 from dhlens.render import ablation
+from dhlens.render.conditions import compared_by
 
 
 def ablation_pictures(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[Figure, str]]:
@@ -19,16 +20,17 @@ def ablation_pictures(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[Fig
     plain = answers.loc[answers["k"].isna()]
     if "summary" in tables:
         summary = tables["summary"]
-        table = summary.loc[summary["k"].isna()]
+        table, by = summary.loc[summary["k"].isna()], compared_by(summary)
+        what = "Right answers" if by == "accuracy" else "F1 of answers"
         found["What is left"] = (
             ablation.effect_dots(table),
-            "Right answers, and the one-step effects on the tokens of the clean answer, with 95 % intervals over "
-            "haystack windows. Episodes that the untouched model answers.",
+            f"{what}, and the one-step effects on the tokens of the clean answer, with 95 % intervals over "
+            f"{'haystack windows. Episodes that the untouched model answers' if by == 'accuracy' else 'questions'}.",
         )
         if len(set(table["edit"])) > 2 or len(set(table["commit"])) > 2:
             found["Atlas"] = (
                 ablation.atlas(table),
-                "Right answers, and heads edited at a step.",
+                f"{what}, and heads edited at a step.",
             )
     if "contrasts" in tables:
         pairs = tables["contrasts"]
@@ -57,9 +59,10 @@ def ablation_pictures(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[Fig
     if len(placed.drop_duplicates(["length", "depth"])) > 1:
         edit, commit = ([x for x in dict.fromkeys(placed[name]) if x != "none"][:1] for name in ("edit", "commit"))
         first = placed.loc[placed["edit"].isin(["none", *edit]) & placed["commit"].isin(["none", *commit])]
+        f1 = compared_by(tables.get("summary", answers.iloc[:0, :0])) == "f1"
         found["Length and depth"] = (
-            ablation.answer_grids(first),
-            f"Right answers, all episodes{_under(edit)}.",
+            ablation.answer_grids(first, "f1" if f1 else "correct"),
+            f"{'F1 of answers' if f1 else 'Right answers'}, all episodes{_under(edit)}.",
         )
     return found
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dhlens.render.causal import causal_raster
-from dhlens.render.conditions import EDITS, POLICIES, parts, plain, styles
+from dhlens.render.conditions import EDITS, POLICIES, compared_by, parts, plain, styles
 from dhlens.render.draw import BLUE, GREY, INK, ORANGE, WIDTH, curve, need
 from dhlens.render.grids import answer_grids, atlas
 
@@ -28,30 +28,37 @@ __all__ = [
     "k_sweep",
 ]
 
-_NAMES = {"accuracy": "right answers", "kept": "argmax kept", "kl": "one-step KL (nats)", "rouge_l": "ROUGE-L"}
-_DOTS = ("accuracy", "kept", "kl")
-_POINTS = ("accuracy", "kept")
+_NAMES = {
+    "accuracy": "right answers",
+    "f1": "F1 of answers",
+    "em": "exact matches",
+    "kept": "argmax kept",
+    "kl": "one-step KL (nats)",
+    "rouge_l": "ROUGE-L",
+}
+_POINTS = ("accuracy", "em", "kept")
 
 
 def effect_dots(summary: pd.DataFrame) -> Figure:
-    """Right answers, argmaxes kept and one-step KL by policy, with 95 % intervals; edits set apart by colour and shape.
+    """Answers, argmaxes kept and one-step KL by policy, with 95 % intervals; edits set apart by colour and shape.
 
-    `summary` has one row per policy, edit and commit, and accuracy, kept and kl with their `_low` and `_high`. The two
-    one-step measures do not depend on the commit and are drawn once.
+    `summary` has one row per policy, edit and commit, and accuracy (or f1), kept and kl with their `_low` and `_high`.
+    The two one-step measures do not depend on the commit and are drawn once.
 
     Raises:
         ValueError: a column is missing, or nothing was measured.
     """
-    need(summary, "policy", "edit", "commit", *(f"{m}{end}" for m in _DOTS for end in ("", "_low", "_high")))
-    table = plain(summary).dropna(subset=list(_DOTS), how="all")
+    dots = [compared_by(summary), "kept", "kl"]
+    need(summary, "policy", "edit", "commit", *(f"{m}{end}" for m in dots for end in ("", "_low", "_high")))
+    table = plain(summary).dropna(subset=dots, how="all")
     if table.empty:
         raise ValueError("effects need a measured accuracy, kept or kl, got none")
     policies, looks = list(table["policy"].unique()), styles(table.loc[table["policy"] != "none", "edit"], EDITS)
     table, slots = _placed(table, policies, list(looks))
     size = (WIDTH, 1.3 + 0.2 * -(-len(looks) // 3) + len(policies) * max(0.27, 0.075 * slots))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(_DOTS), sharey=True)
-    for axes, measure in zip(panels, _DOTS, strict=True):
+    panels = figure.subplots(1, len(dots), sharey=True)
+    for axes, measure in zip(panels, dots, strict=True):
         _dots(axes, table.dropna(subset=[measure]), measure, looks)
         for row in range(1, len(policies), 2):
             axes.axhspan(row - 0.5, row + 0.5, color="#F1F2F4", zorder=0)
@@ -96,20 +103,21 @@ def contrast_forest(contrasts: pd.DataFrame) -> Figure:
 def k_sweep(sweep: pd.DataFrame) -> Figure:
     """What is left against the number of heads taken away at every step, by policy, with 95 % bands.
 
-    `sweep` has policy, k, and any of accuracy, rouge_l and kl (a panel each), with `_low` and `_high` where known.
+    `sweep` has policy, k, and any of accuracy, rouge_l, f1, em and kl (a panel each), with `_low` and `_high` where
+    known.
     Several edits or commits get a row each.
 
     Raises:
         ValueError: a column is missing, or nothing was measured.
     """
-    drawn = [m for m in ("accuracy", "rouge_l", "kl") if m in sweep] or ["accuracy"]
+    drawn = [m for m in ("accuracy", "rouge_l", "f1", "em", "kl") if m in sweep] or ["accuracy"]
     figure, panels = _curves(sweep, {measure: _NAMES[measure] for measure in drawn})
     for axes, measure in zip(panels, drawn * (len(panels) // len(drawn)), strict=True):
         if measure == "kl":
             axes.set_ylim(bottom=0)
             continue
         axes.set_ylim(-0.03, 1.03)
-        if measure == "accuracy":
+        if measure in _POINTS:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
@@ -147,7 +155,7 @@ def _placed(table: pd.DataFrame, policies: list[str], edits: list[str]) -> tuple
 
 
 def _dots(axes: Axes, table: pd.DataFrame, measure: str, looks: dict[str, tuple[str, str]]) -> None:
-    once = measure != "accuracy"
+    once = measure in ("kept", "kl")
     for row in (table.drop_duplicates(["policy", "edit"]) if once else table).to_dict("records"):
         colour, marker = (INK, "o") if row["policy"] == "none" else looks[row["edit"]]
         y, face = row["y_edit" if once else "y"], "white" if row["commit"] == "clean" and not once else colour

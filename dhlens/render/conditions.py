@@ -24,6 +24,11 @@ _STYLES = (
 _UNNAMED = ("none", "-")
 
 
+def compared_by(summary: pd.DataFrame) -> str:
+    """The measure of answers that a summary holds, "accuracy" or "f1"."""
+    return "f1" if "f1" in summary else "accuracy"
+
+
 def plain(table: pd.DataFrame) -> pd.DataFrame:
     """The table without the conditions of a k sweep, the untouched model first."""
     table = table.loc[table["k"].isna()] if "k" in table else table

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, Formatter, PercentFormatter
 
-from dhlens.render.conditions import parts, plain
+from dhlens.render.conditions import compared_by, parts, plain
 from dhlens.render.draw import WIDTH, binned, need
 
-_VALUES = {"correct": "right answers", "rouge_l": "mean ROUGE-L"}
+_VALUES = {"correct": "right answers", "rouge_l": "mean ROUGE-L", "f1": "mean F1", "mass": "mean reasoning mass"}
 _ROOM = WIDTH - 0.9
 """Inches left for the cells beside the axis."""
 
@@ -20,10 +20,10 @@ _ROOM = WIDTH - 0.9
 def answer_grids(answers: pd.DataFrame, value: str = "correct", policies: Sequence[str] | None = None) -> Figure:
     """Mean by context length and needle depth, a panel per policy on one colour scale, with the episodes in each cell.
 
-    `answers` has one row per episode and condition: policy, length (tokens), depth (0..1) and the `value`, "correct" or
-    "rouge_l"; rows without it, and those of a k sweep, are left out. A policy under several edits or commits gets a
-    panel for each; without a policy column there is one panel. Natural lengths and depths are binned where there are
-    more than 12 of them.
+    `answers` has one row per episode and condition: policy, length (tokens), depth (0..1) and the `value`, "correct",
+    "rouge_l", "f1" or "mass"; rows without it, and those of a k sweep, are left out. A policy under several edits
+    or commits gets a panel for each; without a policy column there is one panel. Natural lengths and depths are binned
+    where there are more than 12 of them.
 
     Args:
         answers: the table.
@@ -42,35 +42,38 @@ def answer_grids(answers: pd.DataFrame, value: str = "correct", policies: Sequen
     means = [_short(part["value"].to_numpy().mean(), value) for _, part in shown]
     titles = [f"{', '.join(name)}\n{m}, n={len(part)}" for m, (name, part) in zip(means, shown, strict=True)]
     figure, panels, roomy = _panels(titles, lengths, depths)
+    # masses are far below 1
+    most = 1.0 if value != "mass" else float(cells["value"].to_numpy().max()) or 1.0
     for axes, (_, part) in zip(panels, shown, strict=True):
         mean, count = (
             part.pivot_table("value", "depth", "length", aggfunc=how).reindex(index=depths, columns=lengths).to_numpy()
             for how in ("mean", "count")
         )
         texts = [f"{_short(m, value)}\nn={n:.0f}" for m, n in zip(mean.flat, count.flat, strict=True)]
-        _heat(axes, mean, texts if roomy else None)
+        _heat(axes, mean, texts if roomy else None, most=most)
     figure.supxlabel("context length (tokens)", fontsize=10)
-    figure.supylabel("needle depth", fontsize=10)
-    form = PercentFormatter(1.0) if value == "correct" else FormatStrFormatter("%.1f")
-    _bar(figure, panels, form, _VALUES[value])
+    figure.supylabel("depth of needle or evidence", fontsize=10)
+    _bar(figure, panels, _form(value), _VALUES[value])
     return figure
 
 
 def atlas(summary: pd.DataFrame) -> Figure:
-    """Share of right answers by policy and edit, a panel per commit, with the mean number of heads edited at a step.
+    """Share of right answers (or mean F1) by policy and edit, a panel per commit, with the mean number of edited heads.
 
-    `summary` has one row per policy, edit and commit: accuracy and heads. Combinations that were not run are hatched;
-    what the untouched model reaches stands above each panel.
+    `summary` has one row per policy, edit and commit: accuracy (or f1) and heads. Combinations that were not run are
+    hatched; what the untouched model reaches stands above each panel.
 
     Raises:
         ValueError: a column is missing, or no accuracy is known.
     """
-    need(summary, "policy", "edit", "commit", "accuracy", "heads")
-    known = plain(summary).dropna(subset=["accuracy"])
-    untouched = known.loc[known["policy"] == "none", "accuracy"]
+    by = compared_by(summary)
+    kind = "correct" if by == "accuracy" else by
+    need(summary, "policy", "edit", "commit", by, "heads")
+    known = plain(summary).dropna(subset=[by])
+    untouched = known.loc[known["policy"] == "none", by]
     touched = known.loc[known["policy"] != "none"]
     if touched.empty:
-        raise ValueError("an atlas needs the accuracy of a policy that edits heads, got none")
+        raise ValueError(f"an atlas needs the {by} of a policy that edits heads, got none")
     policies, edits, commits = (list(touched[name].unique()) for name in ("policy", "edit", "commit"))
     height, width = 0.36 * len(policies) + 0.45, max(3.4, 1.3 + 0.62 * len(edits))
     figure = Figure(figsize=(width, height * len(commits) + 1.2), layout="constrained")
@@ -79,16 +82,16 @@ def atlas(summary: pd.DataFrame) -> Figure:
         at = touched.loc[touched["commit"] == commit]
         accuracy, heads = (
             at.pivot(index="policy", columns="edit", values=x).reindex(index=policies, columns=edits).to_numpy(float)
-            for x in ("accuracy", "heads")
+            for x in (by, "heads")
         )
-        texts = [f"{a:.0%}\n{_count(n)}" for a, n in zip(accuracy.flat, heads.flat, strict=True)]
+        texts = [f"{_short(a, kind)}\n{_count(n)}" for a, n in zip(accuracy.flat, heads.flat, strict=True)]
         _heat(axes, accuracy, texts)
-        beside = f" (untouched: {untouched.iloc[0]:.0%})" if len(untouched) else ""
+        beside = f" (untouched: {_short(untouched.iloc[0], kind)})" if len(untouched) else ""
         axes.set_title(f"commit: {commit}{beside}", fontsize=9)
         axes.set_xticks(range(len(edits)), edits, fontsize=9, rotation=90 if max(map(len, edits)) > 9 else 0)
         axes.set_yticks(range(len(policies)), policies, fontsize=9)
     panels[-1].set_xlabel("edit (h: heads at a step)")
-    _bar(figure, list(panels), PercentFormatter(1.0), _VALUES["correct"])
+    _bar(figure, list(panels), _form(kind), _VALUES[kind])
     return figure
 
 
@@ -131,13 +134,13 @@ def _wrapped(text: str, most: int) -> str:
     return "\n".join(fill(line, most) for line in text.split("\n"))
 
 
-def _heat(axes: Axes, grid: np.ndarray, texts: Sequence[str] | None) -> None:
-    """Shares as colours from 0 to 1, with texts in the order of cells; what is NaN is hatched."""
+def _heat(axes: Axes, grid: np.ndarray, texts: Sequence[str] | None, *, most: float = 1.0) -> None:
+    """Shares as colours from 0 to `most`, with texts in the order of cells; what is NaN is hatched."""
     axes.patch.set(facecolor="#E4E6E8", edgecolor="#C2C7CB", hatch="////", linewidth=0)
-    axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=most, aspect="auto")
     for i, (row, column) in enumerate(np.ndindex(grid.shape)):
         if texts is not None and np.isfinite(grid[row, column]):
-            ink = "black" if grid[row, column] > 0.55 else "white"
+            ink = "black" if grid[row, column] > 0.55 * most else "white"
             axes.text(column, row, texts[i], ha="center", va="center", color=ink, fontsize=8)
 
 
@@ -148,6 +151,10 @@ def _bar(figure: Figure, panels: list[Axes], form: Formatter, label: str) -> Non
     )
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
+
+
+def _form(kind: str) -> Formatter:
+    return PercentFormatter(1.0) if kind == "correct" else FormatStrFormatter("%.2f" if kind == "mass" else "%.1f")
 
 
 def _short(value: float, kind: str) -> str:

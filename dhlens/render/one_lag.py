@@ -6,6 +6,7 @@ them as `prediction.calibration` and so on.
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dhlens.render.draw import GREY, INK, WIDTH, curve, need, one
@@ -117,6 +118,33 @@ def f1_by_frequency(heads: pd.DataFrame, lag: int | None = None, value: str = "f
     axes.set_xlabel("share of steps at which the head is active")
     axes.set_ylabel(f"{METRICS.get(value, value)} of the head")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def joint_map(joint: pd.DataFrame, lag: int | None = None) -> Figure:
+    """What was predicted against what came, cells (step, head) counted by colour (log): the probe beside the marginal.
+
+    `joint` has forecast, lag, predicted, actual (middles of bins) and cells. The line: right to the point.
+
+    Raises:
+        ValueError: a column is missing, or there is nothing at this lag.
+    """
+    need(joint, "forecast", "lag", "predicted", "actual", "cells")
+    table = _at(joint, lag)
+    names = [n for n in looks(table["forecast"]) if n in (*PROBES, "marginal")] or list(looks(table["forecast"]))[:1]
+    figure = Figure(figsize=(max(WIDTH, 0.8 + 2.4 * len(names)), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    shown = table.loc[table["forecast"].isin(names)]
+    low, high = (float(f(shown[["predicted", "actual"]].to_numpy())) for f in (np.min, np.max))
+    norm = LogNorm(1, max(float(shown["cells"].to_numpy().max()), 2.0))
+    for axes, name in zip(panels, names, strict=True):
+        part = shown.loc[shown["forecast"] == name]
+        axes.scatter(part["predicted"], part["actual"], c=part["cells"], marker="s", s=16, norm=norm)
+        axes.plot([low, high], [low, high], color=GREY, lw=0.8, ls="--", zorder=0)
+        axes.set_title(label(name), fontsize=9)
+        axes.set_xlabel("predicted", fontsize=9)
+    panels[0].set_ylabel("what came", fontsize=9)
+    figure.colorbar(panels[0].collections[0], ax=panels.tolist(), label="cells (step, head)")
     return figure
 
 

@@ -15,8 +15,8 @@ def predict_pictures(tables: Mapping[str, pd.DataFrame]) -> Pictures:
     """Title to figure and caption; a picture that would have nothing to show is left out.
 
     `tables` are those of the predict recipe, any of: cca, controlled, probes, contrasts, transfers, curves,
-    reliability, heads, sites, example, monitor_roc and monitor. Pictures of a single lag show lag 1, or the first where
-    that was not measured.
+    joint, reliability, heads, sites, example, monitor_roc and monitor. Pictures of a single lag show lag 1, or the
+    first where that was not measured.
     """
     given = {name: table for name, table in tables.items() if len(table)}
     return _correlations(given) | _by_lag(given) | _one_lag(given) | _sites(given) | _episode(given) | _monitor(given)
@@ -91,6 +91,12 @@ def _one_lag(tables: Mapping[str, pd.DataFrame]) -> Pictures:
             f"Lag {lag}: above, how often heads are active by the probability that the probe gave them; below, how "
             f"many cells (step, head) had it, {cells} in all. Probabilities as log-odds, cells as powers of ten; "
             f"what is 0 or 1 lies at the edge.{_n_at(tables, lag)}",
+        )
+    if "joint" in tables:
+        lag = _lag(tables["joint"])
+        found["Predicted and actual values"] = (
+            prediction.joint_map(tables["joint"], lag),
+            f"Lag {lag}: every cell (step, head) of groups that were not fitted.{_n_at(tables, lag)}",
         )
     if "heads" in tables and "f1" in tables["heads"]:
         heads, lag = tables["heads"], _lag(tables["heads"])

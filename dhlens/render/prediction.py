@@ -14,13 +14,14 @@ from dhlens.render.conditions import parts
 from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, curve, need, one
 from dhlens.render.forecasts import METRICS, OVER_MEAN, PROBES, Look, extent, interval_list, label, looks
 from dhlens.render.monitor import monitor_curves
-from dhlens.render.one_lag import calibration, f1_by_frequency, precision_recall_curves
+from dhlens.render.one_lag import calibration, f1_by_frequency, joint_map, precision_recall_curves
 from dhlens.render.predicted import predicted_raster
 from dhlens.render.sites import site_lag_map
 
 __all__ = [
     "calibration",
     "f1_by_frequency",
+    "joint_map",
     "lag_curves",
     "lagged_correlations",
     "lead_curves",
