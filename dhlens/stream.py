@@ -48,7 +48,7 @@ class Stream(Protocol):
         *,
         hooks: Sequence[Hook] | None = None,
         keep: int = 1,
-        positions: Int[Tensor, "1 new"] | None = None,
+        positions: Int[Tensor, "#batch new"] | None = None,
         mask: LayerMasks | None = None,
     ) -> Float[Tensor, "batch keep vocab"]:
         """Run `tokens`, return the logits of the last `keep` rows; with `hooks` through the hooked model."""
@@ -128,7 +128,7 @@ class HFStream:
         *,
         hooks: Sequence[Hook] | None = None,
         keep: int = 1,
-        positions: Int[Tensor, "1 new"] | None = None,
+        positions: Int[Tensor, "#batch new"] | None = None,
         mask: LayerMasks | None = None,
     ) -> Float[Tensor, "batch keep vocab"]:
         """See `Stream.feed`."""
@@ -188,6 +188,27 @@ class HFStream:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[list(lanes)], layer.values[list(lanes)]
 
+    @classmethod
+    def join(cls, streams: "Sequence[HFStream]") -> "HFStream":
+        """Streams of different lengths as one batch, shorter ones filled up at the end.
+
+        What is fed then needs positions and a mask that hides the filling. For full attention only.
+        """
+        assert all(stream.reach is None and stream.length for stream in streams), "filled streams of full attention"
+        batch = streams[0].fork()
+        batch.length = max(stream.length for stream in streams)
+        layers: list[Any] = batch._cache.layers
+        for i, layer in enumerate(layers):
+            parts: list[Any] = [stream._cache.layers[i] for stream in streams]
+            layer.keys = _filled([part.keys for part in parts], batch.length)
+            layer.values = _filled([part.values for part in parts], batch.length)
+        return batch
+
+
+def _filled(states: Sequence[Tensor], length: int) -> Tensor:
+    """Keys or values, [batch, head, column, d_head], each filled up to `length` columns, as one batch."""
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[-2])) for x in states])
+
 
 def layer_window(layer: Any) -> int | None:
     """The sliding window of a cache layer; None for full attention."""
@@ -225,7 +246,7 @@ class TLStream:
         *,
         hooks: Sequence[Hook] | None = None,
         keep: int = 1,
-        positions: Int[Tensor, "1 new"] | None = None,
+        positions: Int[Tensor, "#batch new"] | None = None,
         mask: LayerMasks | None = None,
     ) -> Float[Tensor, "batch keep vocab"]:
         """See `Stream.feed`; `positions` and `mask` are beyond a HookedTransformer.

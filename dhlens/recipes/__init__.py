@@ -1,8 +1,25 @@
 """Recipes: whole experiments, from episodes to tables, figures and a folder that can be resumed."""
 
+from dhlens.observation import Observation
 from dhlens.recipes.ablation import Ablation, PerEpisode, ablate
-from dhlens.recipes.detect import Observation, Scan, scan
+from dhlens.recipes.detect import Scan, scan
 from dhlens.recipes.prediction import Prediction, predict
+from dhlens.recipes.reasoning import Reasoning, reason
+from dhlens.recipes.retrieval import Rag, rag
 from dhlens.recipes.standard import standard_edits
 
-__all__ = ["Ablation", "Observation", "PerEpisode", "Prediction", "Scan", "ablate", "predict", "scan", "standard_edits"]
+__all__ = [
+    "Ablation",
+    "Observation",
+    "PerEpisode",
+    "Prediction",
+    "Rag",
+    "Reasoning",
+    "Scan",
+    "ablate",
+    "predict",
+    "rag",
+    "reason",
+    "scan",
+    "standard_edits",
+]

@@ -1,0 +1,227 @@
+"""Figures of dynamic retrieval: what heads select, what answers gain, how one answer came about, what leaks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from dhlens.render.conditions import styles
+from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, curve, need, one, tick
+
+_KNOWN = (
+    "predicted",
+    "static",
+    "oracle",
+    "all heads",
+    "dynamic random",
+    "fixed random",
+    "random windows",
+    "first tokens",
+)
+_BANDED = _KNOWN[:3]
+REFERENCES = ("none", "full", "gold")
+"""Arms in which no trigger moves: nothing of the context, all of it, the supporting facts."""
+
+
+def selection_curves(selection: pd.DataFrame) -> Figure:
+    """Share of the supporting facts shown whole against the number of visible tokens, a curve per policy with its band.
+
+    `selection` has policy, visible (tokens), facts, facts_low and facts_high.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    need(selection, "policy", "visible", "facts")
+    figure, axes = one()
+    for name, (color, marker) in styles(selection["policy"], _KNOWN).items():
+        rows = selection.loc[selection["policy"] == name].sort_values("visible")
+        bounds = ("facts_low", "facts_high") if name in _BANDED else None
+        curve(axes, rows, "visible", "facts", label=name, color=color, style=f"{marker}-", bounds=bounds)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({round(v) for v in selection["visible"]})
+    axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    axes.set(xlabel="visible tokens of the context", ylabel="supporting facts shown whole", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.set_figwidth(WIDTH + 1.4)
+    return figure
+
+
+def answer_points(summary: pd.DataFrame) -> Figure:
+    """F1 of each arm with its interval, a panel per trigger and visibility, policies in one order, references last.
+
+    `summary` is that of `dhlens.arms.answer_summary`.
+
+    Raises:
+        ValueError: a column is missing, or there is no arm beside the references.
+    """
+    need(summary, "trigger", "visibility", "policy", "f1", "f1_low", "f1_high", "visible")
+    panels = summary.loc[summary["trigger"] != "never", ["trigger", "visibility"]].drop_duplicates()
+    if panels.empty:
+        raise ValueError("answers need an arm with a trigger, beside the references")
+    steered: pd.Series = summary.loc[summary["trigger"] != "never"].groupby("policy")["f1"].mean()
+    order = [*steered.sort_values(ascending=False).index, *REFERENCES]
+    arms: list[tuple[str, str]] = list(panels.itertuples(index=False, name=None))
+    shown = [_panel(summary, trigger, visibility, order) for trigger, visibility in arms]
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.1 + 2.3 * columns, lines * (0.7 + 0.24 * max(map(len, shown)))), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    for i, (axes, rows) in enumerate(zip(grid.flat, shown, strict=False)):
+        _dots(axes, rows, labelled=i % columns == 0)
+        axes.set_title(", ".join(arms[i]), fontsize=9)
+    figure.supxlabel("F1 of the answer (95 % over questions); behind it the visible tokens at a lookup", fontsize=9)
+    return figure
+
+
+def timeline(question: pd.Series, events: pd.DataFrame) -> Figure:
+    """How one answer came about: each thing written with its tokens' entropy, and what was visible for it.
+
+    Args:
+        question: a row of `Rag.questions`.
+        events: the rows of `Rag.events` of that question and one arm, in order.
+
+    Raises:
+        ValueError: a column is missing, or there is no event.
+    """
+    need(events, "kind", "step", "kept", "pieces", "entropy", "windows")
+    if events.empty:
+        raise ValueError("a timeline needs the events of one question in one arm, got none")
+    n = len(events)
+    longest = max(len(pieces) for pieces in events["pieces"])
+    width = min(max(WIDTH, 1.6 + 0.27 * longest), 12)
+    figure = Figure(figsize=(width, 1.75 * n + 1.1), layout="constrained")
+    grid = figure.subplots(n + 1, 1, squeeze=False, height_ratios=[1.75] * n + [0.6])[:, 0]
+    top = max([max(e, default=0) for e in events["entropy"]] + [1.0])
+    for axes, event in zip(grid, events.to_dict("records"), strict=False):
+        _written(axes, event, longest, top)
+    _ribbon(grid[-1], question, events)
+    asked, right = str(question["question"]), f"right answer: {question['answer']}"
+    figure.suptitle(f"{tick(asked, 96)}\n{tick(right, 96)}", fontsize=9)
+    return figure
+
+
+def leak_curves(leak: pd.DataFrame) -> Figure:
+    """How far the first token's distribution moves when hidden tokens are replaced, a curve per visibility.
+
+    `leak` has visibility, share (of the hidden tokens; 0 stands for a single one) and kl in nats. Each question is a
+    faint point. A visibility that lets nothing through lies on the floor.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    need(leak, "visibility", "share", "kl")
+    figure, axes = one()
+    shares = sorted(leak["share"].unique())
+    floor = 1e-9
+    for name, color, style in zip(leak["visibility"].unique(), (BLUE, ORANGE), ("o-", "s-"), strict=False):
+        rows = leak.loc[leak["visibility"] == name]
+        at = rows["share"].map(shares.index).to_numpy()
+        axes.plot(at, rows["kl"].clip(lower=floor), style[0], color=color, alpha=0.25, ms=4, lw=0)
+        means: pd.Series = rows.groupby("share")["kl"].mean().clip(lower=floor)
+        axes.plot(range(len(shares)), means.to_numpy(), style, color=color, label=name)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(shares)), ["one" if s == 0 else f"{s:.0%}" for s in shares])
+    axes.set(xlabel="hidden tokens replaced", ylabel=f"KL of the next token (nats; {floor:g}: none)")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str, tuple[Figure, str]]:
+    """Title to figure and caption; a picture that would have nothing to show is left out.
+
+    `tables` are those of `dhlens.recipes.rag`.
+    """
+    found: dict[str, tuple[Figure, str]] = {
+        "What the heads find": (
+            selection_curves(tables["selection"]),
+            "At the first token of the answer, before anything is generated; bands are 95 % intervals over questions. "
+            f"The primary contrast is taken at {budget} tokens.",
+        ),
+        "What answers gain": (
+            answer_points(tables["summary"]),
+            "none, full and gold are references: nothing, all and the supporting facts visible throughout.",
+        ),
+    }
+    if example := _example(tables):
+        question, events, arm = example
+        found["One answer"] = (
+            timeline(question, events),
+            f"{arm}. Bars are the entropy of each token's distribution; struck out is what was not kept. Below, the "
+            "documents of the context, the supporting facts in green, and the windows of each lookup.",
+        )
+    if "leak" in tables:
+        found["What hidden text still says"] = (
+            leak_curves(tables["leak"]),
+            "Hidden tokens are replaced by others of the context. Behind a clean prefill (mask_decode) visible tokens "
+            "have read them; under a mask of every row nothing is left.",
+        )
+    return found
+
+
+def _panel(summary: pd.DataFrame, trigger: str, visibility: str, order: Sequence[str]) -> pd.DataFrame:
+    """The rows of a panel, one a policy in this order; empty ones where an arm was not run."""
+    seen = "concat" if visibility == "retrieve" else visibility
+    here = (summary["trigger"] == trigger) & (summary["visibility"] == visibility)
+    never = (summary["trigger"] == "never") & (summary["visibility"] == seen)
+    return summary.loc[here | never].set_index("policy").reindex(order).reset_index()
+
+
+def _dots(axes: Axes, rows: pd.DataFrame, *, labelled: bool) -> None:
+    y = -np.arange(len(rows))
+    f1, low, high = (rows[name].to_numpy(dtype=float) for name in ("f1", "f1_low", "f1_high"))
+    colors = [GREY if policy in REFERENCES else BLUE for policy in rows["policy"]]
+    axes.hlines(y, low, high, colors=colors, lw=1.5)
+    axes.scatter(f1, y, c=colors, s=22, zorder=3)
+    for value, at, tokens in zip(high, y, rows["visible"], strict=True):
+        text = "" if np.isnan(tokens) else f"{tokens:,.0f}"
+        axes.annotate(text, (value, at), (3, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
+    axes.set_yticks(y, rows["policy"] if labelled else [""] * len(rows), fontsize=8)
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _written(axes: Axes, event: Mapping[str, Any], longest: int, top: float) -> None:
+    """One draft or sentence: a bar per token, pale where it was not kept."""
+    pieces, entropy, kept = event["pieces"], event["entropy"], event["kept"]
+    colors = [BLUE if i < kept else "#C9CED3" for i in range(len(pieces))]
+    axes.bar(range(len(pieces)), entropy, color=colors, width=0.8)
+    axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, top * 1.05), ylabel="entropy (nats)")
+    axes.set_xticks(range(len(pieces)), [tick(p) for p in pieces], rotation=60, ha="right", fontsize=7)
+    for label in axes.get_xticklabels()[kept:]:
+        label.set_color(GREY)
+    what = "draft" if event["kind"] == "draft" else "written anew with what was looked up"
+    axes.set_title(f"{what}, from token {event['step']} on, {kept} of {len(pieces)} kept", fontsize=8, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _ribbon(axes: Axes, question: pd.Series, events: pd.DataFrame) -> None:
+    """The context: documents, facts, and a row of windows for each lookup."""
+    start, stop = question["context"]
+    looks = [windows for windows in events["windows"] if len(windows)]
+    for i, (a, b) in enumerate(question["documents"]):
+        axes.axvspan(a, b, color="#ECEFF1" if i % 2 else "#DDE2E6", lw=0)
+    for a, b in question["facts"]:
+        axes.axvspan(a, b, color=GREEN, alpha=0.6, lw=0, zorder=3)
+    for row, windows in enumerate(looks):
+        axes.broken_barh([(a, b - a) for a, b in windows], (-row - 0.85, 0.7), color=ORANGE, alpha=0.85)
+    axes.set(xlim=(start, stop), ylim=(-max(len(looks), 1), 0.15), yticks=[], xlabel="position in the prompt (tokens)")
+
+
+def _example(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.Series, pd.DataFrame, str] | None:
+    """The question and arm of best F1 that looked something up, with its events."""
+    looked = tables["answers"].loc[tables["answers"]["retrievals"] > 0]
+    if looked.empty:
+        return None
+    best = looked.sort_values("f1", ascending=False, kind="stable").iloc[0]
+    arm = ["trigger", "visibility", "policy"]
+    events = tables["events"]
+    same = (events[["episode", *arm]] == best[["episode", *arm]]).all(axis=1)
+    question = tables["questions"].set_index("episode").loc[best["episode"]]
+    return question, events.loc[same].sort_values("event"), ", ".join(best[name] for name in arm)

@@ -1,0 +1,155 @@
+"""Passages read through heads, against the plain model's attention; ranking again; the visibility "retrieve"."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from toy_tokenizers import byte_level, prose
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dhlens as dh
+from dhlens.recipes import rag
+from dhlens.recipes.passages import CorpusLookup, read_passages, rerank
+from dhlens.tasks.corpus import Index, Passage
+from dhlens.tasks.hotpot import episodes, over_documents
+from dhlens.tasks.questions import Document, Question
+from dhlens.triggers import every_sentence
+from dhlens.windows import Windows
+
+PASSAGES = [Passage(f"p{i}", f"The {name}", prose(2, seed=i)) for i, name in enumerate("heron river miller".split())]
+QUESTION = "Which garden did the heron watch?"
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A small random model with room for prompts of text."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.12, generator=generator)
+    return hf
+
+
+@pytest.fixture(scope="module")
+def model(plain):
+    return dh.load(plain, tokenizer=byte_level(), check=False)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return Index.of(PASSAGES, tmp_path_factory.mktemp("bm25") / "index")
+
+
+HEADS = dh.HeadSet([(0, 1), (1, 3)], (2, 4))
+
+
+def test_a_passage_is_worth_the_attention_from_the_last_token_on_it(model, plain):
+    values = read_passages(model, QUESTION, PASSAGES, {"static": dh.Static(HEADS)})["static"]
+    episode = over_documents(model.tokenizer, QUESTION, [p.document for p in PASSAGES], id="judge")
+    _, patterns, _ = tiny.eager(plain, episode.tokens)
+    row = torch.stack([patterns[layer, head, -1] for layer, head in HEADS]).mean(0)
+    judge = [float(row[episode.span(f"doc_{i}").start : episode.span(f"doc_{i}").stop].sum()) for i in range(3)]
+    assert values.tolist() == pytest.approx(judge, abs=2e-3)
+
+
+def test_query_heads_look_from_the_question_less_the_question_that_asks_for_nothing(model, plain):
+    values = read_passages(model, QUESTION, PASSAGES, {}, query_heads={"qr": HEADS})["qr"]
+    judge = []
+    looks = []
+    for question in (QUESTION, "N/A"):
+        episode = over_documents(model.tokenizer, QUESTION, [p.document for p in PASSAGES], id="judge")
+        asked = episode.span("question")
+        null = torch.tensor(model.tokenizer("N/A", add_special_tokens=False)["input_ids"])
+        if question == "N/A":
+            tokens = torch.cat([episode.tokens[: asked.start], null, episode.tokens[asked.stop :]])
+        else:
+            tokens = episode.tokens
+        _, patterns, _ = tiny.eager(plain, tokens)
+        looks.append(patterns[:, :, asked.start :].mean(2))
+    for i in range(3):
+        span = episode.span(f"doc_{i}")
+        look = looks[0][..., span.start : span.stop] - looks[1][..., span.start : span.stop]
+        floor = look.mean(-1, keepdim=True) - 2 * look.std(-1, keepdim=True)
+        kept = (look * (look >= floor)).sum(-1)
+        judge.append(float(torch.stack([kept[layer, head] for layer, head in HEADS]).mean()))
+    assert values.tolist() == pytest.approx(judge, abs=2e-3)
+
+
+def test_parts_of_the_candidates_are_read_by_themselves(model):
+    policy = {"static": dh.Static(HEADS)}
+    parts = [read_passages(model, QUESTION, PASSAGES[at : at + 2], policy)["static"] for at in (0, 2)]
+    whole = read_passages(model, QUESTION, PASSAGES, policy, per_prompt=2)["static"]
+    torch.testing.assert_close(whole, torch.cat(parts))
+
+
+def test_rerank_keeps_what_bm25_found_and_orders_it_by_the_heads(model, index, tmp_path):
+    questions, gold = {"q0": QUESTION, "q1": "zebra"}, {"q0": frozenset({"p2"}), "q1": frozenset({"p0"})}
+    policies = {"static": dh.Static(HEADS)}
+    table = rerank(model, questions, gold, index, policies, candidates=3, out=tmp_path / "run", progress=False)
+    values = read_passages(model, QUESTION, [p for p, _ in index.search(QUESTION, 3)], policies)["static"]
+    found = [p.id for p, _ in index.search(QUESTION, 3)]
+    place = [found[i] for i in values.argsort(descending=True)].index("p2")
+    row = table.query("question == 'q0' and ranking == 'static'").iloc[0]
+    assert row["recall_2"] == float(place < 2) and row["found"] == row["recall_5"] == 1
+    assert (table.query("question == 'q1'")[["found", "recall_20"]] == 0).all(axis=None)
+    again = rerank(model, questions, gold, index, policies, candidates=3, out=tmp_path / "run", progress=False)
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_dynamic_retrieval_shows_the_passages_that_heads_rank_first(model, index):
+    documents = tuple(Document(p.title, (p.text,)) for p in PASSAGES[:2])
+    asked = episodes(model.tokenizer, [Question("q0", QUESTION, "garden", documents, ((0, 0),))], seed=0)
+    policies = {"static": dh.Static(HEADS), "oracle": dh.Dynamic(score=dh.reasoning_mass, top_k=1)}
+    corpus = CorpusLookup(index, {"q0": frozenset({"p0", "p2"})}, candidates=3, shown=1)
+    found = rag(
+        model,
+        asked,
+        policies,
+        triggers={"every": every_sentence},
+        visibilities=("retrieve",),
+        windows=Windows(budget=16),
+        primary=("static", "oracle"),
+        corpus=corpus,
+        max_new_tokens=4,
+        leaks=0,
+        progress=False,
+    )
+    steered = found.answers.query("visibility == 'retrieve'")
+    assert set(steered["policy"]) == {"static"} and set(found.answers["visibility"]) == {"retrieve", "concat"}
+    candidates = [p for p, _ in index.search(QUESTION, 3)]
+    best = candidates[
+        int(read_passages(model, QUESTION, candidates, {"static": policies["static"]})["static"].argmax())
+    ]
+    event = found.events.query("visibility == 'retrieve' and kind == 'looked up'").iloc[0]
+    assert event["passages"] == [best.id] and event["facts"] == (0.5 if best.id in ("p0", "p2") else 0)
+
+
+def test_what_cannot_be_ranked_is_refused(model, index):
+    with pytest.raises(ValueError, match="every question needs gold passages, 'q0' has none"):
+        rerank(model, {"q0": QUESTION}, {}, index, {"static": dh.Static(HEADS)})
+    with pytest.raises(ValueError, match="there must be passages, and at least 1 a prompt, got 3 and 0"):
+        read_passages(model, QUESTION, PASSAGES, {}, per_prompt=0)
+
+
+def test_recall_is_worked_by_hand(model, index):
+    from dhlens.recipes.passages import _recalls
+
+    passages = [Passage(f"p{i}", "t", "x") for i in range(30)]
+    values = {"bm25": -torch.arange(30).float(), "back": torch.arange(30).float()}
+    table = _recalls("q", frozenset({"p1", "p4", "p29", "elsewhere"}), passages, values).set_index("ranking")
+    assert np.allclose(
+        table.loc["bm25", ["found", "recall_2", "recall_5", "recall_20"]].astype(float), [0.75, 0.25, 0.5, 0.5]
+    )
+    assert np.allclose(table.loc["back", ["recall_2", "recall_5", "recall_20"]].astype(float), [0.25, 0.25, 0.25])
