@@ -92,7 +92,7 @@ def floor(model: dh.Model, e: dh.Episode) -> tuple[list[int], int]:
 def observe(model: dh.Model, e: dh.Episode, *, draft: bool) -> tuple[list[int], int]:
     """What `dh.observe` emits, and how many of its steps had too narrow a margin to take from a draft."""
     trace = dh.observe(model, [e], max_new_tokens=STEPS, draft=draft, progress=False)
-    return trace.outcomes[0].tokens.tolist(), trace.card.counts["low_margin"]
+    return trace.outcomes[0].tokens.tolist(), trace.card.counts.get("low_margin", 0)
 
 
 def measured(run: Callable[[], Said], device: str) -> tuple[float, float, Said]:

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from dhlens import reads
 from dhlens.devices import check_quantize, memory_of, read_size, there
@@ -153,6 +154,8 @@ def plan(
         raise ValueError(f"a plan takes a device or the size of one, not both; got {device!r} and {memory!r}")
     named = isinstance(model, str | Path)
     name = str(model) if named else type(model).__name__
+    if not named and not isinstance(model, PreTrainedConfig):
+        raise TypeError(f"a plan takes a name, a path or a transformers config, got {name}")
     where = None if memory is not None else str(there(device))
     room = memory_of(where) if memory is None else read_size(memory)
     with _refusing(name):
@@ -184,10 +187,10 @@ def plan(
 
 
 def _check_lengths(lengths: Any, steps: Any) -> None:
-    counts = [*lengths, steps] if isinstance(lengths, Sequence) and not isinstance(lengths, str) else [None]
+    counts: list[Any] = [*lengths, steps] if isinstance(lengths, Sequence) and not isinstance(lengths, str) else [None]
     if not all(isinstance(n, int) for n in counts):
         raise TypeError(f"lengths are whole numbers in a list, steps is one, got lengths={lengths!r}, steps={steps!r}")
-    if not lengths or min(lengths) < 2 or steps < 1:
+    if len(counts) < 2 or min(counts[:-1]) < 2 or steps < 1:
         raise ValueError(f"a plan needs lengths of at least 2 tokens and at least 1 step, got {list(lengths)}, {steps}")
 
 
@@ -196,16 +199,16 @@ def _refusing(name: str) -> Iterator[None]:
     """Whatever transformers makes of a config that it cannot build or run, as one line."""
     try:
         yield
-    except (OSError, ImportError, TypeError) as error:
-        raise error
+    except (OSError, ImportError):
+        raise
     except Exception as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise ValueError(f"{name} cannot be planned: {reason}") from error
 
 
 def _positions(config: Any) -> int | None:
-    known = ("max_position_embeddings", "max_seq_len", "seq_length")
-    return next((n for n in (getattr(config, name, None) for name in known) if n), None)
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
 
 
 def row_bytes(capture: Capture, shape: tuple[int, int], *, keys: int, d_head: int, d_model: int, dtype: Any) -> int:
@@ -266,8 +269,7 @@ def _held(cache: Any) -> int:
 
 
 def _warnings(bones: Skeleton, lengths: Sequence[int], steps: int) -> list[str]:
-    config, found = bones.config, list(bones.limits)
-    most = _positions(config)
+    config, most, found = bones.config, _positions(bones.config), list(bones.limits)
     for length in lengths:
         if most is not None and length + steps > most:
             found.append(f"{length:,} + {steps} tokens are beyond the {most:,} positions that it was made for")

@@ -220,11 +220,9 @@ def _lines(text: str, keys: Iterable[Any]) -> Iterator[str]:
     line, at = 1, 0
     for key in keys:
         found = text.find(json.dumps(key), at)
-        if found < 0:
-            yield ""
-            continue
-        line, at = line + text.count("\n", at, found), found + 1
-        yield f"line {line}, "
+        if found >= 0:
+            line, at = line + text.count("\n", at, found), found + 1
+        yield f"line {line}, " if found >= 0 else ""
 
 
 def _heads(name: str, entries: Iterable[tuple[str, Any]], shape: tuple[int, int] | None) -> list[Head]:
