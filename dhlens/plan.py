@@ -23,13 +23,12 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from dhlens import reads
 from dhlens.devices import check_quantize, memory_of, read_size, there
 from dhlens.engine import ROWS
 from dhlens.reads import Capture
-from dhlens.skeleton import Meter, Skeleton, prefill, skeleton
+from dhlens.skeleton import Meter, Skeleton, is_config, prefill, skeleton
 from dhlens.weights import read_config
 
 SPANS = 6
@@ -154,7 +153,7 @@ def plan(
         raise ValueError(f"a plan takes a device or the size of one, not both; got {device!r} and {memory!r}")
     named = isinstance(model, str | Path)
     name = str(model) if named else type(model).__name__
-    if not named and not isinstance(model, PreTrainedConfig):
+    if not named and not is_config(model):
         raise TypeError(f"a plan takes a name, a path or a transformers config, got {name}")
     where = None if memory is not None else str(there(device))
     room = memory_of(where) if memory is None else read_size(memory)

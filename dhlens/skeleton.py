@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from dhlens.model import rope_breaks_of
@@ -73,6 +73,11 @@ class Skeleton:
         model = self.twin if keep is None else self.eager
         with torch.no_grad(), torch.device("meta"):
             return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep or 1).logits
+
+
+def is_config(given: Any) -> bool:
+    """Whether this is a transformers config."""
+    return isinstance(given, PreTrainedConfig)
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Skeleton:

@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dhlens"
 
 LAYERS = (
-    {"heads", "episode", "kinship", "hooks"},
+    {"heads", "episode", "kinship", "hooks", "nodes", "cache"},
     {"card", "trace", "pack", "store"},
-    {"scores", "wu", "spellings", "detectors", "compare", "raster", "static", "nulls", "dynamics", "paper"}
-    | {"stats", "agreement", "contrasts", "tables"}
+    {"scores", "wu", "spellings", "detectors", "compare", "raster", "static", "nulls", "dynamics", "reasoning", "paper"}
+    | {"stats", "agreement", "contrasts", "tables", "windows", "triggers", "arms"}
     | {
         "pairs",
         "cca",
@@ -24,21 +24,36 @@ LAYERS = (
         "probe_report",
         "study",
     }
-    | {"verdicts", "signals", "monitor"},
-    {"reads", "edits", "policies", "controls", "predicted"},
-    {"weights", "model", "stream", "masks", "check", "drafts"},
+    | {"coactivation", "crowds", "bindings"}
+    | {"graphs", "verdicts", "signals", "monitor", "carryover"},
+    {"reads", "edits", "policies", "controls", "predicted", "choosers"},
+    {"weights", "model", "stream", "masks", "check", "drafts", "devices", "skeleton"},
     {
         "engine",
+        "plan",
         "limits",
         "prefix",
         "record",
         "lanes",
         "shadow",
         "transplant",
+        "copies",
+        "opened",
+        "frozen",
+        "direct",
+        "reading",
+        "composition",
+        "attribution",
+        "paths",
         "patching",
         "causal",
         "trial",
+        "observation",
         "executor",
+        "views",
+        "lookup",
+        "answering",
+        "inquiry",
     },
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -51,7 +66,7 @@ BELOW = {
 }
 """What the folders and the roof may import, beside their own folder; "" is `dhlens/__init__.py`."""
 MODEL_LIBRARIES = {"transformers", "transformer_lens"}
-SEAM = {"model", "weights", "check", "stream", "drafts"}
+SEAM = {"model", "weights", "check", "stream", "drafts", "devices", "skeleton"}
 
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 

@@ -22,6 +22,7 @@ from dhlens.render.ablation import (
     effect_dots,
     k_sweep,
 )
+from dhlens.render.crowd import cluster_panels, coactivation_matrix, direct_bars, direct_raster
 from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, curve, need, one, whole_ticks
 from dhlens.render.overlap import overlap_map
 from dhlens.render.prediction import (
@@ -43,8 +44,12 @@ __all__ = [
     "atlas",
     "calibration",
     "causal_raster",
+    "cluster_panels",
+    "coactivation_matrix",
     "compensation",
     "contrast_forest",
+    "direct_bars",
+    "direct_raster",
     "effect_dots",
     "f1_by_frequency",
     "head_map",
