@@ -15,8 +15,9 @@ setup: .venv/.done
 demo: .venv/.done
 	$(BIN)/dhlens scan --model smollm2-135m --lengths 500,1000 --depths 0.1,0.5,0.9 --n 4 --out runs/demo
 
+# Two processes of one thread each: faster than two threads, whose small products wait for one another.
 test: .venv/.done
-	DHLENS_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m "not data"
+	DHLENS_REQUIRE_MODEL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not data" -n 2
 
 data-test: .venv/.done
 	@test -d "$$DHLENS_DATA" || { echo "data-test needs DHLENS_DATA, the folder of the public data sets"; exit 1; }
