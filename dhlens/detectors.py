@@ -32,6 +32,8 @@ from dhlens.scores import Score
 from dhlens.trace import Trace
 from dhlens.wu import kept_episodes
 
+NULL = "N/A"
+"""The question that asks for nothing, QRHead's, which scores are calibrated with."""
 _DROP = 2.0
 """Standard deviations below a document's mean at which QRHead drops a token."""
 

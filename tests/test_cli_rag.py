@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
+import tiny
 from toy_tokenizers import byte_level
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dhlens.cli import app, main
@@ -16,22 +15,7 @@ from dhlens.tasks.twohop import generate
 def folder(tmp_path_factory):
     """A small model on disk that reads text."""
     path = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    hf = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.12, generator=generator)
-    hf.save_pretrained(path)
+    tiny.reader().save_pretrained(path)
     byte_level().save_pretrained(path)
     return str(path)
 

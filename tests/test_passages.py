@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from toy_tokenizers import byte_level, prose
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import dhlens as dh
 from dhlens.recipes import rag
@@ -23,23 +22,7 @@ QUESTION = "Which garden did the heron watch?"
 
 @pytest.fixture(scope="module")
 def plain():
-    """A small random model with room for prompts of text."""
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    hf = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.12, generator=generator)
-    return hf
+    return tiny.reader()
 
 
 @pytest.fixture(scope="module")

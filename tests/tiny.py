@@ -70,6 +70,18 @@ MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "qwen3": qwen3, "mistral
 def build(name: str) -> Any:
     """A seeded random model whose attention and logits are sharp enough that argmaxes are not ties."""
     hf = MODELS[name]().eval() if name in MODELS else phi_longrope().eval()
+    return _sharp(hf)
+
+
+def reader() -> Any:
+    """A small model with room for prompts of text, for the tokenizers of `toy_tokenizers`."""
+    shape = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "max_position_embeddings": 4096}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return _sharp(LlamaForCausalLM(LlamaConfig(**shape, **heads)).eval())
+
+
+def _sharp(hf: Any) -> Any:
+    """The model with seeded weights that make no ties."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in hf.parameters():

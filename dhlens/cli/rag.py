@@ -15,7 +15,9 @@ _VISIBILITIES = ("mask", "mask_decode", "concat", "retrieve")
 def rag(
     model: o.Model = "smollm2-135m",
     questions: o.Questions = None,
-    n: Annotated[int, typer.Option(help="Questions that are asked.")] = 20,
+    n: Annotated[
+        int, typer.Option(help="Questions asked; fewer where some share a gold document with a fitted one.")
+    ] = 20,
     fit: Annotated[
         str, typer.Option(help="How many other questions probe and static heads are fitted on, or a finished scan.")
     ] = "20",

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dhlens.card import digest
-from dhlens.detectors import document_value, query_episodes
+from dhlens.detectors import NULL, document_value, query_episodes
 from dhlens.engine import observe
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet
@@ -42,9 +42,6 @@ from dhlens.tasks.hotpot import over_documents
 from dhlens.trace import Trace
 from dhlens.triggers import Draft, is_content
 from dhlens.views import prompt_view
-
-NULL = "N/A"
-"""The question that asks for nothing."""
 
 
 def read_passages(

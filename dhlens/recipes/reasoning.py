@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from dhlens.card import RunCard
 from dhlens.compare import compare
-from dhlens.detectors import qr_score, query_episodes
+from dhlens.detectors import NULL, qr_score, query_episodes
 from dhlens.dynamics import Dynamics, dynamics
 from dhlens.engine import observation_card, observe
 from dhlens.episode import Episode
@@ -45,8 +45,6 @@ from dhlens.store import Run, load_trace
 from dhlens.tables import compact
 from dhlens.trace import Trace
 
-NULL = "N/A"
-"""The question that QRHead's score is calibrated with."""
 ANSWERS = Observation(max_new_tokens=32, capture=Capture(focus=()))
 """How answers over documents are observed by default."""
 
