@@ -1,5 +1,7 @@
 """The tasks of `dhlens.carryover.carry_over` side by side: a panel per measure, a dot per task, chance as a line."""
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ def carry_map(table: pd.DataFrame) -> Figure:
         axes.hlines(y, part["low"], part["high"], color=BLUE, lw=1.3)
         axes.plot(part["value"], y, "o", color=BLUE, ms=4.5)
         axes.vlines(part["chance"].to_numpy(dtype=float), y - 0.28, y + 0.28, color=GREY, lw=1.8)
-        axes.set_title(MEASURES[name], fontsize=8, loc="left", wrap=True)
+        axes.set_title(fill(MEASURES[name], 32), fontsize=8, loc="left")
         axes.tick_params(axis="x", labelsize=7)
         axes.set_yticks(y, tasks, fontsize=8)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
