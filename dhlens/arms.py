@@ -70,13 +70,13 @@ def contrasts(
     where the first policy was not run.
     """
     at_budget = looks.loc[looks["budget"] == budget]
-    rows = [{**row, "trigger": "-", "visibility": "-"} for row in _pairs(at_budget, primary[0], ["facts"], seed)]
+    rows = [{**row, "trigger": "-", "visibility": "-"} for row in paired(at_budget, primary[0], ["facts"], seed=seed)]
     tried = answers.loc[answers["policy"] == primary[0]].drop_duplicates(["trigger", "visibility"])
     for trigger, visibility in tried[["trigger", "visibility"]].itertuples(index=False):
         seen = "concat" if visibility == "retrieve" else visibility
         never = (answers["trigger"] == "never") & (answers["visibility"] == seen)
         here = (answers["trigger"] == trigger) & (answers["visibility"] == visibility)
-        found = _pairs(answers.loc[here | never], primary[0], ["f1", "em"], seed)
+        found = paired(answers.loc[here | never], primary[0], ["f1", "em"], seed=seed)
         rows += [{**row, "trigger": trigger, "visibility": visibility} for row in found]
     if not rows:
         return pd.DataFrame()
@@ -92,8 +92,11 @@ def contrasts(
     return table.loc[:, [*columns, "p", "p_holm", "p_mcnemar", "detectable", "n", "groups"]]
 
 
-def _pairs(rows: pd.DataFrame, first: str, measures: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """`first` less every other policy of `rows`, question by question."""
+def paired(rows: pd.DataFrame, first: str, measures: Sequence[str], *, seed: int) -> Iterator[dict[str, Any]]:
+    """`first` less every other policy of `rows`, question by question: rows of `contrasts` without their arm.
+
+    `rows` has policy, episode, group and the measures.
+    """
     base = rows.loc[rows["policy"] == first]
     for second in rows["policy"].unique():
         both = base.merge(rows.loc[rows["policy"] == second], on="episode", suffixes=("", "_other"))

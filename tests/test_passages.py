@@ -1,7 +1,5 @@
-"""Passages read through heads, against the plain model's attention; ranking again; the visibility "retrieve"."""
+"""Passages read through heads, against the plain model's attention; the visibility "retrieve"."""
 
-import numpy as np
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -9,7 +7,7 @@ from toy_tokenizers import byte_level, prose
 
 import dhlens as dh
 from dhlens.recipes import rag
-from dhlens.recipes.passages import CorpusLookup, read_passages, rerank
+from dhlens.recipes.passages import CorpusLookup, read_passages
 from dhlens.tasks.corpus import Index, Passage
 from dhlens.tasks.hotpot import episodes, over_documents
 from dhlens.tasks.questions import Document, Question
@@ -77,20 +75,6 @@ def test_parts_of_the_candidates_are_read_by_themselves(model):
     torch.testing.assert_close(whole, torch.cat(parts))
 
 
-def test_rerank_keeps_what_bm25_found_and_orders_it_by_the_heads(model, index, tmp_path):
-    questions, gold = {"q0": QUESTION, "q1": "zebra"}, {"q0": frozenset({"p2"}), "q1": frozenset({"p0"})}
-    policies = {"static": dh.Static(HEADS)}
-    table = rerank(model, questions, gold, index, policies, candidates=3, out=tmp_path / "run", progress=False)
-    values = read_passages(model, QUESTION, [p for p, _ in index.search(QUESTION, 3)], policies)["static"]
-    found = [p.id for p, _ in index.search(QUESTION, 3)]
-    place = [found[i] for i in values.argsort(descending=True)].index("p2")
-    row = table.query("question == 'q0' and ranking == 'static'").iloc[0]
-    assert row["recall_2"] == float(place < 2) and row["found"] == row["recall_5"] == 1
-    assert (table.query("question == 'q1'")[["found", "recall_20"]] == 0).all(axis=None)
-    again = rerank(model, questions, gold, index, policies, candidates=3, out=tmp_path / "run", progress=False)
-    pd.testing.assert_frame_equal(again, table)
-
-
 def test_dynamic_retrieval_shows_the_passages_that_heads_rank_first(model, index):
     documents = tuple(Document(p.title, (p.text,)) for p in PASSAGES[:2])
     asked = episodes(model.tokenizer, [Question("q0", QUESTION, "garden", documents, ((0, 0),))], seed=0)
@@ -119,20 +103,6 @@ def test_dynamic_retrieval_shows_the_passages_that_heads_rank_first(model, index
     assert event["passages"] == [best.id] and event["facts"] == (0.5 if best.id in ("p0", "p2") else 0)
 
 
-def test_what_cannot_be_ranked_is_refused(model, index):
-    with pytest.raises(ValueError, match="every question needs gold passages, 'q0' has none"):
-        rerank(model, {"q0": QUESTION}, {}, index, {"static": dh.Static(HEADS)})
+def test_a_prompt_holds_at_least_one_passage(model):
     with pytest.raises(ValueError, match="there must be passages, and at least 1 a prompt, got 3 and 0"):
         read_passages(model, QUESTION, PASSAGES, {}, per_prompt=0)
-
-
-def test_recall_is_worked_by_hand(model, index):
-    from dhlens.recipes.passages import _recalls
-
-    passages = [Passage(f"p{i}", "t", "x") for i in range(30)]
-    values = {"bm25": -torch.arange(30).float(), "back": torch.arange(30).float()}
-    table = _recalls("q", frozenset({"p1", "p4", "p29", "elsewhere"}), passages, values).set_index("ranking")
-    assert np.allclose(
-        table.loc["bm25", ["found", "recall_2", "recall_5", "recall_20"]].astype(float), [0.75, 0.25, 0.5, 0.5]
-    )
-    assert np.allclose(table.loc["back", ["recall_2", "recall_5", "recall_20"]].astype(float), [0.25, 0.25, 0.25])

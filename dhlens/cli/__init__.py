@@ -1,4 +1,4 @@
-"""The command line: `dhlens scan`, `ablate`, `predict` and `rag` run experiments, `dhlens show` shows their results.
+"""The command line: `dhlens scan`, `ablate`, `predict`, `rag` and `rerank` run experiments, `dhlens show` shows them.
 
 `dhlens compare` sets published heads side by side, `dhlens plan` tells what a model takes before it is downloaded.
 """
@@ -12,12 +12,13 @@ from dhlens.cli.experiments import ablate, scan
 from dhlens.cli.plan import plan
 from dhlens.cli.predict import predict
 from dhlens.cli.rag import rag
+from dhlens.cli.rerank import rerank
 from dhlens.cli.show import show
 
 app = typer.Typer(
     help="Find, change, predict and show dynamic retrieval heads.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-for command in (scan, ablate, predict, rag, show, compare, plan):
+for command in (scan, ablate, predict, rag, rerank, show, compare, plan):
     app.command()(command)
 
 

@@ -1,7 +1,7 @@
 """`dhlens rag`: let heads choose what the model reads of a long context, and compare who chooses best."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,10 +47,11 @@ def rag(
     quiet: o.Quiet = False,
 ) -> None:
     """Draft, look up what the draft is unsure of where heads look, and answer from these windows alone."""
+    given = dict(locals())
     from dhlens.choosers import CHOOSERS, reasoning_policies
-    from dhlens.model import load
+    from dhlens.cli import fitted
     from dhlens.recipes import rag as run_rag
-    from dhlens.tasks import hotpot
+    from dhlens.recipes.passages import CorpusLookup
     from dhlens.triggers import RIND, MeanEntropy, every_sentence
     from dhlens.windows import Windows
 
@@ -64,35 +65,16 @@ def rag(
     }
     chosen = {name: known[name] for name in o.some_of("triggers", triggers, _TRIGGERS)}
     windows = Windows(reach=reach, budget=budget)
-    if n < 1:
-        raise ValueError(f"--n must be at least 1 question, got {n}")
     if ("retrieve" in shown) != (corpus is not None):
         raise ValueError("--visibilities retrieve and --corpus go together: passages need a file, and a file a use")
-    elsewhere = None if corpus is None else _corpus(corpus, gold, broken)
-    earlier = None if fit.isdecimal() else _trace(Path(fit))
-    others = int(fit) if earlier is None else len(earlier.episodes)
-    loaded = load(model, dtype=o.one_of("dtype", dtype, o.DTYPES), device=device)
-    episodes = hotpot.episodes(
-        loaded.tokenizer,
-        questions,
-        n=n + others,
-        length=length,
-        seed=seed,
-        template=template,
-        template_kwargs=o.json_object("template-kwargs", template_kwargs),
-        max_positions=loaded.max_positions - max_new_tokens,
-        on_error=broken,
-    )
+    elsewhere = None if corpus is None else CorpusLookup(*fitted.corpus(given))
     progress = not (quiet or as_json)
-    if earlier is None:
-        earlier = _observed(loaded, episodes[:others], out.with_name(f"{out.name}-fit"), max_new_tokens, progress)
-    known_groups = {e.group for e in earlier.episodes}
-    asked = [e for e in episodes if e.group not in known_groups][:n]
-    fitted = reasoning_policies(earlier, k=k, seed=seed)
+    loaded, asked, trace = fitted.asked_and_fitted(given, progress=progress)
+    choosers = reasoning_policies(trace, k=k, seed=seed)
     result = run_rag(
         loaded,
         asked,
-        {name: fitted[name] for name in wanted},
+        {name: choosers[name] for name in wanted},
         triggers=chosen,
         visibilities=shown,
         windows=windows,
@@ -103,39 +85,3 @@ def rag(
         progress=progress,
     )
     say(result, out, as_json)
-
-
-def _corpus(corpus: Path, gold: Path | None, broken: str) -> Any:
-    from dhlens.recipes.passages import CorpusLookup
-    from dhlens.tasks.corpus import Index, read_corpus, read_gold
-
-    known = {} if gold is None else read_gold(gold, on_error=broken)
-    return CorpusLookup(Index.of(read_corpus(corpus, on_error=broken)), known)
-
-
-def _trace(folder: Path) -> Any:
-    """The observed questions of a finished scan."""
-    from dhlens.store import Run, load_trace
-
-    run = Run.read(folder)
-    if not run.finished or not (folder / "trace.safetensors").is_file():
-        raise ValueError(f"--fit takes a number or the folder of a finished scan of questions, and {folder} is none")
-    return load_trace(folder / "trace.safetensors")
-
-
-def _observed(model: Any, episodes: Any, folder: Path, max_new_tokens: int, progress: bool) -> Any:
-    """The questions that probe and static heads are fitted on, in a folder of their own, so that it can be resumed."""
-    from dhlens.engine import observation_card
-    from dhlens.observation import Observation, gathered
-    from dhlens.reads import Capture
-    from dhlens.store import Run, load_trace
-
-    seen = Observation(max_new_tokens=max_new_tokens, draft=False, capture=Capture(focus=()))
-    card = observation_card(model, **{**vars(seen), "rows": None}).with_episodes(episodes)
-    run = Run.open(folder, card.with_settings(recipe="questions"))
-    if run.finished:
-        return load_trace(run.folder / "trace.safetensors")
-    with run.alone():
-        trace = gathered(model, episodes, seen, run.card, run=run, progress=progress)
-        run.finish({}, trace=trace)
-    return trace

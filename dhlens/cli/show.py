@@ -82,8 +82,8 @@ def _index(episode: str, ids: list[str]) -> int:
 
 
 def _load(folder: Path) -> Any:
-    from dhlens.recipes import Ablation, Prediction, Rag, Reasoning, Scan
+    from dhlens.recipes import Ablation, Prediction, Rag, Reasoning, Reranking, Scan
     from dhlens.store import Run
 
-    kinds = {"ablate": Ablation, "predict": Prediction, "rag": Rag, "reason": Reasoning}
+    kinds = {"ablate": Ablation, "predict": Prediction, "rag": Rag, "reason": Reasoning, "rerank": Reranking}
     return kinds.get(Run.read(folder).card.settings.get("recipe", ""), Scan).load(folder)

@@ -5,6 +5,7 @@ from dhlens.recipes.ablation import Ablation, PerEpisode, ablate
 from dhlens.recipes.detect import Scan, scan
 from dhlens.recipes.prediction import Prediction, predict
 from dhlens.recipes.reasoning import Reasoning, reason
+from dhlens.recipes.reranking import Reranking, rerank
 from dhlens.recipes.retrieval import Rag, rag
 from dhlens.recipes.standard import standard_edits
 
@@ -15,11 +16,13 @@ __all__ = [
     "Prediction",
     "Rag",
     "Reasoning",
+    "Reranking",
     "Scan",
     "ablate",
     "predict",
     "rag",
     "reason",
+    "rerank",
     "scan",
     "standard_edits",
 ]

@@ -2,13 +2,12 @@
 
     values = read_passages(model, "Which county is Van Hook in?", passages, policies)
     best = values["predicted"].argsort(descending=True)
-    table = rerank(model, questions, gold, index, policies)
 
 BM25 finds candidates (`dhlens.tasks.corpus`); they are put into prompts of a few passages each, and a passage's value
 is the attention that the chosen heads pay its tokens from the prompt's last token. `query_heads` are read as QRHead
 does: from the rows of the question, less what the question "N/A" gets. `CorpusLookup` is the visibility "retrieve" of
-dynamic retrieval; `rerank` measures how many gold passages each ranking puts first. Cost: one prefill for every
-`per_prompt` passages, whatever the number of policies.
+dynamic retrieval; `dhlens.recipes.rerank` measures how many gold passages each ranking puts first. Cost: one prefill
+for every `per_prompt` passages, whatever the number of policies.
 
 Source: for the query heads arXiv 2506.09944; that dynamic heads rank passages is ours, arXiv 2602.11162 names it as
 future work.
@@ -16,18 +15,12 @@ future work.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from dhlens.card import digest
 from dhlens.detectors import NULL, document_value, query_episodes
 from dhlens.engine import observe
 from dhlens.episode import Episode
@@ -36,7 +29,6 @@ from dhlens.lookup import Found, Lookup
 from dhlens.model import Model
 from dhlens.policies import Policy, at_row, sites_of
 from dhlens.reads import Capture
-from dhlens.store import Run
 from dhlens.tasks.corpus import Index, Passage
 from dhlens.tasks.hotpot import over_documents
 from dhlens.trace import Trace
@@ -161,89 +153,3 @@ class CorpusLookup:
             fact_tokens=recall,
             passages=ids,
         )
-
-
-RANKS = (2, 5, 10, 20)
-"""Where recall is measured."""
-
-
-def rerank(
-    model: Model,
-    questions: Mapping[str, str],
-    gold: Mapping[str, frozenset[str]],
-    index: Index,
-    policies: Mapping[str, Policy],
-    *,
-    query_heads: Mapping[str, HeadSet] | None = None,
-    candidates: int = 40,
-    per_prompt: int = 10,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """How BM25 and every policy rank the candidates of every question.
-
-    Args:
-        model: a loaded model.
-        questions: id to text.
-        gold: id to the passages that answer it.
-        index: the corpus.
-        policies: who chooses heads; none that needs supporting facts.
-        query_heads: sets of heads to be read as QRHead does.
-        candidates: passages that BM25 finds, which are ranked again.
-        per_prompt: candidates in one prompt.
-        out: folder of the run; begun, resumed or read.
-        progress: show a bar.
-
-    Returns:
-        One row per question and ranking ("bm25" is the one they came in): found (share of the gold passages among the
-        candidates) and recall at each of `RANKS`.
-
-    Raises:
-        ValueError: a question has no gold passages, or see `read_passages` and `store.Run.open`.
-    """
-    missing = [name for name in questions if not gold.get(name)]
-    if missing:
-        raise ValueError(f"every question needs gold passages, {missing[0]!r} has none")
-    card = model.card.with_settings(
-        recipe="rerank",
-        questions=digest(*questions, *questions.values()),
-        corpus=index.sha256,
-        policies={name: f"{policy.name} ({policy.key})" for name, policy in policies.items()},
-        query_heads={name: digest(heads) for name, heads in (query_heads or {}).items()},
-        candidates=candidates,
-        per_prompt=per_prompt,
-    )
-    run = None if out is None else Run.open(out, card)
-    if run is not None and run.finished:
-        return run.tables()["recall"]
-    parts = []
-    with run.alone() if run else nullcontext():
-        for name, question in tqdm(questions.items(), desc="rerank", unit="question", disable=not progress):
-            if run and run.done(name):
-                parts.append(run.load_part(name))
-                continue
-            found = [passage for passage, _ in index.search(question, candidates)]
-            values = {"bm25": -torch.arange(len(found)).float()}
-            if found:
-                values |= read_passages(
-                    model, question, found, policies, query_heads=query_heads, per_prompt=per_prompt
-                )
-            parts.append(_recalls(name, gold[name], found, values))
-            if run:
-                run.save_part(name, parts[-1])
-        table = pd.concat(parts, ignore_index=True)
-        if run:
-            run.finish({"recall": table})
-    return table
-
-
-def _recalls(
-    question: str, gold: frozenset[str], passages: Sequence[Passage], values: Mapping[str, Tensor]
-) -> pd.DataFrame:
-    right = np.array([passage.id in gold for passage in passages], dtype=bool)
-    rows = []
-    for name, value in values.items():
-        ranked = right[value.argsort(descending=True, stable=True).numpy()]
-        recall = {f"recall_{k}": ranked[:k].sum() / len(gold) for k in RANKS}
-        rows.append({"question": question, "ranking": name, "found": right.sum() / len(gold), **recall})
-    return pd.DataFrame(rows)

@@ -173,7 +173,7 @@ def reason(
         return Reasoning.load(run.folder)
     with run.alone() if run else nullcontext():
         trace = gathered(model, episodes, observation, card, run=run, executor=executor, progress=progress)
-        asked = _query_scores(model, episodes, run, progress=progress) if query else None
+        asked = query_scores(model, episodes, run, progress=progress) if query else None
         tables, tau = _tables(trace, niah, needles, asked, size=wanted, fit_from=fit_from, seed=seed)
         result = Reasoning(tables, trace, tau, run.folder if run else None)
         if run:
@@ -193,8 +193,8 @@ def _check(episodes: Sequence[Episode], *, query: bool, fit_from: float, seed: i
         raise ValueError(f"fit_from must lie between 0 and 1 and seed be at least 0, got {fit_from} and {seed}")
 
 
-def _query_scores(model: Model, episodes: Sequence[Episode], run: Run | None, *, progress: bool) -> Score:
-    """QRHead's score of each question: read where the run has it, else made and kept."""
+def query_scores(model: Model, episodes: Sequence[Episode], run: Run | None = None, *, progress: bool = True) -> Score:
+    """QRHead's score of each question (`detectors.qr_score`, facts as gold): read where the run has it, else made."""
     null = torch.tensor(model.tokenizer(NULL, add_special_tokens=False)["input_ids"])
     values = []
     for e in tqdm(episodes, desc="query", unit="episode", disable=not progress):

@@ -133,6 +133,29 @@ def leak_curves(leak: pd.DataFrame) -> Figure:
     return figure
 
 
+def recall_curves(summary: pd.DataFrame) -> Figure:
+    """Share of the gold passages among the first ones, a curve per ranking, with bands for BM25 and query heads.
+
+    `summary` has ranking, passages (how many come first), recall, low and high.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    need(summary, "ranking", "passages", "recall")
+    figure, axes = one()
+    for name, (color, marker) in styles(summary["ranking"], (*_KNOWN[:2], "bm25", "query", *_KNOWN[4:6])).items():
+        rows = summary.loc[summary["ranking"] == name].sort_values("passages")
+        bounds = ("low", "high") if name in ("bm25", "predicted", "query") else None
+        curve(axes, rows, "passages", "recall", label=name, color=color, style=f"{marker}-", bounds=bounds)
+    axes.set_xscale("log", base=2)
+    ticks = sorted(set(summary["passages"]))
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="passages that come first", ylabel="gold passages among them", ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
 def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str, tuple[Figure, str]]:
     """Title to figure and caption; a picture that would have nothing to show is left out.
 

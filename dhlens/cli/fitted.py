@@ -1,0 +1,96 @@
+"""Questions that are asked, and others to fit policies on: what `dhlens rag` and `dhlens rerank` share."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dhlens.cli import options as o
+
+
+def asked_and_fitted(given: Mapping[str, Any], *, progress: bool) -> tuple[Any, list[Any], Any]:
+    """The loaded model, the questions to ask, and the trace of others that share no gold document with these.
+
+    `given` holds the command's arguments by name: those of the questions, and fit, a number or a finished scan.
+
+    Raises:
+        ValueError: no question, or a fit that is neither.
+    """
+    from dhlens.model import load
+    from dhlens.tasks import hotpot
+
+    n, fit, room = given["n"], given["fit"], given["max_new_tokens"]
+    if n < 1:
+        raise ValueError(f"--n must be at least 1 question, got {n}")
+    earlier = None if fit.isdecimal() else _trace(Path(fit))
+    others = int(fit) if earlier is None else len(earlier.episodes)
+    options = o.json_object("template-kwargs", given["template_kwargs"])
+    dtype = o.one_of("dtype", given["dtype"], o.DTYPES)
+    model = load(given["model"], dtype=dtype, device=given["device"])
+    episodes = hotpot.episodes(
+        model.tokenizer,
+        given["questions"],
+        n=n + others,
+        length=given["length"],
+        seed=given["seed"],
+        template=given["template"],
+        template_kwargs=options,
+        max_positions=model.max_positions - room,
+        on_error=given["broken"],
+    )
+    if earlier is None:
+        earlier = _observed(model, episodes[:others], beside(given["out"], "fit"), room, progress)
+    known = {e.group for e in earlier.episodes}
+    return model, [e for e in episodes if e.group not in known][:n], earlier
+
+
+def beside(out: Path, name: str) -> Path:
+    """A folder beside the run's, for what it builds on."""
+    return out.with_name(f"{out.name}-{name}")
+
+
+def corpus(given: Mapping[str, Any]) -> tuple[Any, dict[str, frozenset[str]]]:
+    """The index of the corpus, and which passages answer which question as far as it is said."""
+    from dhlens.tasks.corpus import Index, read_corpus, read_gold
+
+    gold = {} if given["gold"] is None else read_gold(given["gold"], on_error=given["broken"])
+    return Index.of(read_corpus(given["corpus"], on_error=given["broken"])), gold
+
+
+def query_heads(model: Any, episodes: Sequence[Any], k: int, folder: Path, *, progress: bool) -> Any:
+    """The k heads of largest QRHead score on these questions, in a folder of their own, so that it can be resumed."""
+    from dhlens.heads import HeadSet
+    from dhlens.recipes.reasoning import query_scores
+    from dhlens.store import Run
+
+    run = Run.open(folder, model.card.with_episodes(episodes).with_settings(recipe="query"))
+    with run.alone():
+        score = query_scores(model, episodes, run, progress=progress)
+    return HeadSet.top_k(score.mean(), k)
+
+
+def _trace(folder: Path) -> Any:
+    """The observed questions of a finished scan."""
+    from dhlens.store import Run, load_trace
+
+    run = Run.read(folder)
+    if not run.finished or not (folder / "trace.safetensors").is_file():
+        raise ValueError(f"--fit takes a number or the folder of a finished scan of questions, and {folder} is none")
+    return load_trace(folder / "trace.safetensors")
+
+
+def _observed(model: Any, episodes: Any, folder: Path, max_new_tokens: int, progress: bool) -> Any:
+    """The questions that probe and static heads are fitted on, in a folder of their own, so that it can be resumed."""
+    from dhlens.engine import observation_card
+    from dhlens.observation import Observation, gathered
+    from dhlens.reads import Capture
+    from dhlens.store import Run, load_trace
+
+    seen = Observation(max_new_tokens=max_new_tokens, draft=False, capture=Capture(focus=()))
+    card = observation_card(model, **{**vars(seen), "rows": None}).with_episodes(episodes)
+    run = Run.open(folder, card.with_settings(recipe="questions"))
+    if run.finished:
+        return load_trace(run.folder / "trace.safetensors")
+    with run.alone():
+        trace = gathered(model, episodes, seen, run.card, run=run, progress=progress)
+        run.finish({}, trace=trace)
+    return trace
