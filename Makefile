@@ -1,4 +1,4 @@
-# make demo | test | lint | data-test | tl39 | supported-models | clean; each sets up what it needs first.
+# make demo | test | lint | data-test | tl39 | docs | docs-links | supported-models | clean; each sets up what it needs first.
 PYTHON ?= python3
 # Where pip takes torch from, e.g. the CPU wheel index that pytorch.org's install selector names. Empty: pip's default.
 TORCH_INDEX ?=
@@ -8,7 +8,7 @@ PIP_QUIET := --quiet --disable-pip-version-check
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test data-test lint tl39 supported-models clean
+.PHONY: setup demo test data-test lint tl39 docs docs-links supported-models clean
 
 setup: .venv/.done
 
@@ -31,11 +31,20 @@ lint: .venv/.done
 tl39: .venv-tl39/.done
 	DHLENS_REQUIRE_MODEL=1 $(BIN39)/python -m pytest tests/test_hooked_transformer.py tests/test_patching.py -k hooked_transformer
 
+# Warnings are errors, so dead links fail; no network. Addresses elsewhere are for docs-links, which asks each of them.
+docs: .venv/.done
+	rm -rf docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+docs-links: .venv/.done
+	$(BIN)/sphinx-build --quiet -b linkcheck -d docs/_build/doctrees docs docs/_build/linkcheck
+
 supported-models: .venv/.done
 	$(BIN)/python tests/supported.py
 
 clean:
-	rm -rf .venv .venv-tl39 build dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-tl39 build dist docs/_build docs/api docs/notebooks .pytest_cache .ruff_cache
 	find dhlens tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.done: pyproject.toml constraints.txt

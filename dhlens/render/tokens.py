@@ -9,7 +9,7 @@ cropped around a span, and the view says what was left out; to scrub through a g
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,7 @@ class TokenView:
     """Heading of the saved page."""
     note: str
     """What the colours mean and what was left out."""
-    body: str
+    body: str = field(repr=False)
     """HTML fragment with the note, the data and the script."""
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
