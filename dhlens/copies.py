@@ -7,7 +7,7 @@ copies that nothing but themselves shall see are shadow rows (`dhlens.masks`).
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,15 @@ class Run:
         logits = feed_block(model, stream, tokens, positions, [keep(name) for name in (*ins, *outs)])[0]
         outputs = [found[embed][None]]
         for n in layers:
-            z = found[sites.z(n)]
-            heads = torch.einsum("rhd,hdm->hrm", z, model.hooked.blocks[n].attn.W_O.to(z))
-            outputs += [heads, found[mlp_out(n)][None]]
+            outputs += [head_outputs(model, n, found[sites.z(n)]), found[mlp_out(n)][None]]
         return cls(torch.cat(outputs), {name: found[name] for name in ins}, logits)
+
+
+def head_outputs(
+    model: Model, layer: int, z: Float[Tensor, "*lane row head d_head"]
+) -> Float[Tensor, "*lane head row d_model"]:
+    """What each head of a layer adds to the residual stream, without the bias that they share."""
+    return torch.einsum("...rhd,hdm->...hrm", z, model.hooked.blocks[layer].attn.W_O.to(z))
 
 
 def prove(model: Model, wiring: Wiring, clean: Run, twin: Run) -> None:
@@ -147,12 +152,29 @@ def prove(model: Model, wiring: Wiring, clean: Run, twin: Run) -> None:
     Raises:
         ValueError: it does not: head outputs are normed or scaled before they are added.
     """
+    entered = {site: twin.entered[site] - clean.entered[site] for site in clean.entered}
+    add_up(model, wiring, twin.outputs - clean.outputs, entered, size=clean.entered)
+
+
+def add_up(
+    model: Model,
+    wiring: Wiring,
+    outputs: Float[Tensor, "sender row d_model"],
+    entered: Mapping[str, Float[Tensor, "row d_model"]],
+    *,
+    size: Mapping[str, Float[Tensor, "row d_model"]],
+) -> None:
+    """What senders put out must add up to what entered receivers, up to a part of the `size` of their inputs.
+
+    Raises:
+        ValueError: it does not.
+    """
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
-    total, seen = torch.zeros_like(clean.outputs[0]), 0
+    total, seen = torch.zeros_like(outputs[0]), 0
     for receiver, n_before in zip(wiring.receivers, wiring.n_before.tolist(), strict=True):
-        total = total + (twin.outputs[seen:n_before] - clean.outputs[seen:n_before]).sum(0)
-        seen, was, is_now = n_before, *(run.entered[entry(receiver)] for run in (clean, twin))
-        gap = float((total - (is_now - was)).norm() / was.norm())
+        total = total + outputs[seen:n_before].sum(0)
+        seen, site = n_before, entry(receiver)
+        gap = float((total - entered[site]).norm() / size[site].norm())
         if not gap <= tolerance:
             raise ValueError(
                 f"{model.card.model}: edges need heads and MLPs that add to the residual stream as they are, but the "

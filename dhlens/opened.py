@@ -78,6 +78,17 @@ class OpenStep:
         """The rows of the block that a place names."""
         return list(place_rows(at, self.n_needle))
 
+    def places(self, *, by_row: bool = False) -> tuple[str, ...]:
+        """The places of the block in order: the needle, as a whole or row by row, and the step."""
+        needle = [f"needle+{i}" for i in range(self.n_needle)] if by_row else ["needle"]
+        return (*needle, "step")
+
+    def possible(self, places: Sequence[str]) -> Bool[Tensor, "place sender receiver"]:
+        """Bool[place sender receiver]: what can be an edge at these places; the logits are read at the last alone."""
+        found = self.wiring.allowed.repeat(len(places), 1, 1)
+        found[:-1, :, -1] = False
+        return found
+
     def feed(self, hooks: Sequence[Hook] = (), *, joins: Sequence[int] = ()) -> Float[Tensor, "lane vocab"]:
         """Logits of the step after the clean block with `hooks`; lanes join it as in `copies.feed_block`."""
         return feed_block(self.model, self.stream, self.tokens, self.positions, hooks, joins=joins)

@@ -160,12 +160,12 @@ def _changes(opened: OpenStep, edges: Sequence[Edge], scale: float) -> Iterator[
         if kind in ("mlp", "logits"):
             yield _Change(_SITES[kind](layer), torch.tensor(which), None, moved)
         else:
-            value = _projected(opened, layer, kind, head, moved)
+            value = projected(opened, layer, kind, head, moved)
             yield _Change(_SITES[kind](layer), torch.tensor(which), head, value)
 
 
 @torch.no_grad()
-def _projected(
+def projected(
     opened: OpenStep, layer: int, kind: str, head: Int[Tensor, " n"], moved: Float[Tensor, "n row d_model"]
 ) -> Float[Tensor, "n row d_head"]:
     """How far queries, keys or values move when the input of the layer does."""
