@@ -24,7 +24,7 @@ LAYERS = (
         "probe_report",
         "study",
     }
-    | {"coactivation", "crowds", "bindings"}
+    | {"coactivation", "crowds", "bindings", "findings", "ties"}
     | {"graphs", "verdicts", "signals", "monitor", "carryover"},
     {"reads", "edits", "policies", "controls", "predicted", "choosers"},
     {"weights", "model", "stream", "masks", "check", "drafts", "devices", "skeleton"},
@@ -45,6 +45,9 @@ LAYERS = (
         "composition",
         "attribution",
         "paths",
+        "edgesets",
+        "circuits",
+        "faithfulness",
         "patching",
         "causal",
         "trial",
@@ -54,6 +57,8 @@ LAYERS = (
         "lookup",
         "answering",
         "inquiry",
+        "counterparts",
+        "dissection",
     },
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -164,8 +169,9 @@ def test_imports_have_no_cycle():
 
 def test_recipes_do_not_import_each_other():
     shared = {"dhlens.recipes.passages", "dhlens.recipes.standard"}
-    recipes = {n for n in edges() if n.startswith("dhlens.recipes.")} - shared
-    assert not {(n, t) for n in recipes for t in edges()[n] & recipes}
+    graph = edges()
+    recipes = {n for n in graph if n.startswith("dhlens.recipes.")} - shared
+    assert not {(n, t) for n in recipes for t in graph[n] & recipes}
 
 
 @pytest.mark.parametrize("module", MODULES)

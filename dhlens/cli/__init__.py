@@ -1,4 +1,4 @@
-"""The command line: `dhlens scan`, `ablate`, `predict`, `rag` and `rerank` run experiments, `dhlens show` shows them.
+"""The command line: `scan`, `ablate`, `predict`, `rag`, `rerank` and `circuit` run experiments, `show` prints them.
 
 `dhlens compare` sets published heads side by side, `dhlens plan` tells what a model takes before it is downloaded.
 """
@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from dhlens.cli.circuit import circuit
 from dhlens.cli.compare import compare
 from dhlens.cli.experiments import ablate, scan
 from dhlens.cli.plan import plan
@@ -18,7 +19,7 @@ from dhlens.cli.show import show
 app = typer.Typer(
     help="Find, change, predict and show dynamic retrieval heads.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-for command in (scan, ablate, predict, rag, rerank, show, compare, plan):
+for command in (scan, ablate, predict, rag, rerank, circuit, show, compare, plan):
     app.command()(command)
 
 

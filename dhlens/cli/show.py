@@ -82,8 +82,15 @@ def _index(episode: str, ids: list[str]) -> int:
 
 
 def _load(folder: Path) -> Any:
-    from dhlens.recipes import Ablation, Prediction, Rag, Reasoning, Reranking, Scan
+    from dhlens.recipes import Ablation, Circuit, Prediction, Rag, Reasoning, Reranking, Scan
     from dhlens.store import Run
 
-    kinds = {"ablate": Ablation, "predict": Prediction, "rag": Rag, "reason": Reasoning, "rerank": Reranking}
+    kinds = {
+        "ablate": Ablation,
+        "predict": Prediction,
+        "rag": Rag,
+        "reason": Reasoning,
+        "rerank": Reranking,
+        "circuit": Circuit,
+    }
     return kinds.get(Run.read(folder).card.settings.get("recipe", ""), Scan).load(folder)
