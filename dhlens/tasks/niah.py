@@ -25,7 +25,7 @@ from dhlens.tasks.haystack import Haystack, Window, read_haystack, windows
 from dhlens.tasks.needles import NEEDLES, Answer, Needle, Placed, fill, needle_called
 from dhlens.tasks.prompts import Prompt, encode, told
 
-_TWIN_DRAWS = 1000
+_TWIN_DRAWS = 20_000
 
 
 def episodes(
