@@ -113,8 +113,10 @@ def twin(tokenizer: Tokenizer, episode: Episode, *, seed: int, answer: Answer | 
     rng = random.Random(f"{seed}/{episode.id}")
     for _ in range(_TWIN_DRAWS if callable(answer) else 1):
         new = answer(rng) if callable(answer) else answer
+        if new == old:
+            continue
         placed = Placed.of(tokenizer, meta["sentence"], new, opens=opens)
-        if new != old and placed.spans(span.start)[:2] == (span, inner):
+        if placed.spans(span.start)[:2] == (span, inner):
             tokens = episode.tokens.clone()
             tokens[span.start : span.stop] = torch.tensor(placed.tokens)
             return dataclasses.replace(
