@@ -61,7 +61,8 @@ def check_twins(episodes: Sequence[Episode], twins: Sequence[Episode]) -> None:
     """Refuse what has no counterfactual, before any pass.
 
     Raises:
-        ValueError: a needle is missing or ends with the prompt, or a twin has another length.
+        ValueError: a needle is missing or ends with the prompt; a twin has another length, says the same in the needle,
+            or something else outside.
     """
     for e, twin in zip(episodes, twins, strict=True):
         if e.span("needle").stop > len(e.tokens) - 1:
@@ -69,6 +70,13 @@ def check_twins(episodes: Sequence[Episode], twins: Sequence[Episode]) -> None:
         if len(e.tokens) != len(twin.tokens):
             sizes = f"{len(e.tokens)} and {len(twin.tokens)} tokens"
             raise ValueError(f"episode {e.id!r} and its twin must be of equal length, got {sizes}")
+        differs = e.tokens != twin.tokens
+        inside = differs[e.span("needle").start : e.span("needle").stop]
+        if not inside.any() or differs.sum() > inside.sum():
+            raise ValueError(
+                f"episode {e.id!r} and its twin must differ in the needle and nowhere else, got "
+                f"{int(inside.sum())} tokens there and {int(differs.sum() - inside.sum())} elsewhere"
+            )
 
 
 def answers_of(trace: Trace, twins: Sequence[Episode], most: int | None = None) -> dict[str, Answer]:

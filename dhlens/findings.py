@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from dhlens.graphs import Graph
 from dhlens.heads import HeadSet
 from dhlens.nodes import Wiring, parse_edge
-from dhlens.stats import grouped_mean
+from dhlens.stats import grouped_mean, paired_mean
 from dhlens.tables import spread
 
 PAIRS = ("next step", "same answer", "other answer")
@@ -66,11 +66,13 @@ def agreement(edges: pd.DataFrame) -> pd.DataFrame:
     judged: Any = edges.dropna(subset="exact").groupby(["episode", "group", "step"], sort=False)
     for (episode, group, step), part in judged:
         top, control = part.loc[~part["control"]], part.loc[part["control"], "exact"].abs()
+        if top.empty:
+            continue
         score, exact = top["score"].to_numpy(), top["exact"].to_numpy()
         bar = float(control.quantile(0.95)) if len(control) else np.nan
         row = {"episode": episode, "group": group, "step": step, "n": len(top)}
         row |= {"spearman": _spearman(score, exact), "spearman_size": _spearman(np.abs(score), np.abs(exact))}
-        row |= {"same_sign": float((np.sign(score) == np.sign(exact)).mean()) if len(top) else np.nan}
+        row |= {"same_sign": float((np.sign(score) == np.sign(exact)).mean())}
         rows.append({**row, "bar": bar, "above": float((np.abs(exact) > bar).mean()) if len(control) else np.nan})
     return pd.DataFrame(rows)
 
@@ -88,9 +90,24 @@ def jaccards(graphs: Mapping[Step, Graph], dynamic: Mapping[Step, HeadSet], grou
         same, lag = x[0] == y[0], abs(y[1] - x[1])
         pair = PAIRS[2] if not same else PAIRS[0] if lag == 1 else PAIRS[1]
         row = {"episode": x[0], "group": groups[x[0]], "step": x[1], "other": y[0], "other_step": y[1]}
+        row["other_group"] = groups[y[0]]
+        if not same and row["group"] == row["other_group"]:
+            continue
         row |= {"pair": pair, "lag": lag if same else -1, "edges": len(a.edges & b.edges) / len(a.edges | b.edges)}
         rows.append({**row, "heads": a.heads.jaccard(b.heads), "dynamic": dynamic[x].jaccard(dynamic[y])})
-    columns = ["episode", "group", "step", "other", "other_step", "pair", "lag", "edges", "heads", "dynamic"]
+    columns = [
+        "episode",
+        "group",
+        "step",
+        "other",
+        "other_step",
+        "other_group",
+        "pair",
+        "lag",
+        "edges",
+        "heads",
+        "dynamic",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -100,7 +117,8 @@ def overlaps(alignment: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     for pair in PAIRS:
         part = alignment.loc[alignment["pair"] == pair]
         for what in ("edges", "heads", "dynamic"):
-            value, low, high = grouped_mean(part[what].to_numpy(dtype=float), part["group"].to_numpy(), seed=seed)
+            ends = (part[name].to_numpy(dtype=str) for name in ("group", "other_group"))
+            value, low, high = paired_mean(part[what].to_numpy(dtype=float), *ends, seed=seed)
             rows.append({"pair": pair, "of": what, "pairs": len(part), "value": value, "low": low, "high": high})
     return pd.DataFrame(rows)
 
@@ -148,14 +166,13 @@ def side_by_side(curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def in_words(tables: Mapping[str, pd.DataFrame], *, seed: int) -> Iterator[str]:
     """What the tables of a run say of its graphs, in sentences."""
-    mean = {
-        name: _said(tables["agreement"], name, seed) for name in ("spearman", "spearman_size", "same_sign", "above")
-    }
-    yield (
-        f"Estimated and exact scores of the strongest edges: Spearman {mean['spearman']}, of sizes alone "
-        f"{mean['spearman_size']}, same sign {mean['same_sign']}; {mean['above']} of these edges change more than 95 % "
-        "of random ones do."
-    )
+    if "agreement" in tables:
+        columns = ("spearman", "spearman_size", "same_sign", "above")
+        signed, size, sign, above = (_said(tables["agreement"], name, seed) for name in columns)
+        yield (
+            f"Estimated and exact scores of the strongest edges: Spearman {signed}, of sizes alone {size}, same sign "
+            f"{sign}; {above} of these edges change more than 95 % of random ones do."
+        )
     for rest, part in tables["curves"].groupby("rest", sort=False):
         alone = _least(part.loc[part["measure"] == "faithful"], lambda value: value >= _MOST)
         cut = _least(part.loc[part["measure"] == "complete"], lambda value: value <= 1 - _MOST)
@@ -163,10 +180,12 @@ def in_words(tables: Mapping[str, pd.DataFrame], *, seed: int) -> Iterator[str]:
             f"Edges that do {_MOST:.0%} of the answer alone, the rest replaced ({rest}): {alone}. Edges without which "
             f"{1 - _MOST:.0%} of it or less is left: {cut}."
         )
-    feeders = pd.DataFrame(tables["feeders"].groupby(["side", "at"])[["share"]].sum()) / len(tables["steps"])
-    entered = feeders.reset_index().itertuples(index=False)
-    sides = ", ".join(f"{side} at the {at} {share:.0%}" for side, at, share in entered if share)
-    yield f"What enters the dynamic heads, by the size of edges: {sides}."
+    yield (
+        "Edges are ranked by what differs in the counterfactual: under the other rests what both have in common goes "
+        "as well, so that only the counterfactual says how small a circuit can be."
+    )
+    sides, kinds = (_entered(tables["feeders"], by, len(tables["steps"])) for by in ("side", "kind"))
+    yield f"What enters the dynamic heads, by the size of edges: into {sides}; from {kinds}."
     shown = tables["overlaps"].set_index(["of", "pair"])
     for of, name in (("edges", "Edges"), ("heads", "Heads in the graph"), ("dynamic", "Dynamic heads")):
         known = shown.loc[of].dropna(subset="value")[["value", "low", "high"]].itertuples(name=None)
@@ -192,9 +211,17 @@ def _least(curve: pd.DataFrame, enough: Callable[[np.ndarray], np.ndarray]) -> s
     for ranking, part in curve.sort_values("size").groupby("ranking", sort=False):
         sizes, values = (part[name].to_numpy() for name in ("size", "value"))
         reached = sizes[enough(values)]
-        said = f"{reached[0]:,}" if len(reached) else f"more than {sizes[-1]:,} (there {values[-1]:.2f})"
+        said = f"more than {sizes[-1]:,} (there {values[-1]:.2f})"
+        if len(reached):
+            before = [f"{size:,} ({value:.2f})" for size, value in zip(sizes, values, strict=True) if size < reached[0]]
+            said = f"between {before[-1]} and {reached[0]:,}" if before else f"{reached[0]:,} or fewer"
         found.append(f"{said} by {ranking}" if ranking != "random" else f"{said} at random")
     return ", ".join(found)
+
+
+def _entered(feeders: pd.DataFrame, by: str, n_steps: int) -> str:
+    share = pd.DataFrame(feeders.groupby(by)[["share"]].sum()).sort_values("share", ascending=False)
+    return ", ".join(f"{name} {total / n_steps:.0%}" for name, total in share.itertuples(name=None))
 
 
 def _said(table: pd.DataFrame, column: str, seed: int) -> str:

@@ -154,6 +154,8 @@ def check_model(model: Model) -> None:
         ValueError: it has sliding windows, takes no masks of ours, or no gradients flow through its weights.
     """
     who = model.card.model
+    if torch.is_inference_mode_enabled():
+        raise ValueError("edges need gradients, which torch.inference_mode() does not keep: leave it")
     if "shadow_rows" in model.limits:
         raise ValueError(f"{who}: edges need rows with a mask of their own: {model.limits['shadow_rows']}")
     if any(model.windows):

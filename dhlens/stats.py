@@ -89,6 +89,33 @@ def grouped_difference(
     return grouped_mean(a.astype(float) - b.astype(float), groups, seed=seed, n_boot=n_boot, confidence=confidence)
 
 
+def paired_mean(
+    values: Num[np.ndarray, " n"],
+    first: Shaped[np.ndarray, " n"],
+    second: Shaped[np.ndarray, " n"],
+    *,
+    seed: int,
+    n_boot: int = 1000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Mean over rows that each stand for a pair of things, of groups `first` and `second`, which may be the same.
+
+    Groups are resampled; a row counts as often as both of its groups were drawn, a row within one group as often as
+    that was. NaN bounds below two groups.
+    """
+    valid = ~np.isnan(values)
+    names, code = np.unique(np.stack([first[valid], second[valid]]), return_inverse=True)
+    if len(names) < 2:
+        return Interval(float(values[valid].mean()) if valid.any() else np.nan, np.nan, np.nan)
+    a, b = code.reshape(2, -1)
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
+    weight = np.where(a == b, drawn[:, a], drawn[:, a] * drawn[:, b]).astype(float)
+    total = weight.sum(1)
+    means = (weight @ values[valid])[total > 0] / total[total > 0]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values[valid].mean()), float(low), float(high))
+
+
 def jackknife(
     statistic: Callable[[np.ndarray], np.ndarray], by_group: Num[np.ndarray, "group *record"]
 ) -> tuple[float, float]:

@@ -10,7 +10,9 @@ Heads that are on together are a circuit, by what is asked here, where
    are (`given`); and
 2. two of them that are on at a step feed each other, or have their queries fed by the same senders, more than heads
    do that are on at the same step and are others (`tested`). The null puts in the place of each member one of the
-   heads nearest in layer that are on as well, so that neither activity nor depth explains what is found.
+   heads nearest in layer that are on as well, so that neither activity nor depth explains what is found. Members may
+   be drawn themselves, which keeps the test honest where few others are left, and makes it a careful one. Where fewer
+   than three heads stand against each member, or fewer than ten pairs were seen, nothing can be told.
 
 p-values are Holm-adjusted over clusters and tests. A cluster that fails the second works side by side at one time. Both
 are tests of tables: none sees a model. Cost: seconds.
@@ -30,9 +32,12 @@ from dhlens.scores import Score
 from dhlens.stats import grouped_mean, holm
 
 TIES = ("feeds", "alike")
-_NEAREST = 5
+_NEAREST = 10
+"""So many heads, nearest in layer, may stand in for a member of a cluster, itself and other members among them."""
 _FEWEST = 100
 """Draws below which a null says nothing."""
+_PAIRS = 10
+"""Pairs below which, or in one window alone, nothing is said of a cluster."""
 
 
 def given(found: Clusters, crowd: Crowd, *, draws: int, seed: int) -> list[float]:
@@ -94,8 +99,10 @@ def _tied(ties: pd.DataFrame, tie: str, heads: HeadSet, names: list[Head], draws
     inside = np.isin(a, members) & np.isin(b, members)
     value, low, high = grouped_mean(ties.loc[inside, tie].to_numpy(), ties.loc[inside, "group"].to_numpy(), seed=seed)
     out = {"pairs": int(inside.sum()), "value": value, "low": low, "high": high}
-    null = _replaced(members, names, sums, counts, draws, np.random.default_rng(seed))
-    if not inside.any() or len(null) < min(_FEWEST, draws):
+    layers = np.array([layer for layer, _ in names])
+    null = _replaced(members, layers, sums, counts, draws=draws, seed=seed)
+    seen = inside.sum() >= _PAIRS and ties.loc[inside, "group"].nunique() > 1
+    if not seen or len(null) < min(_FEWEST, draws):
         return {**out, "null": np.nan, "null_low": np.nan, "null_high": np.nan, "p": np.nan}
     p = float((1 + (null >= value - 1e-12).sum()) / (1 + len(null)))
     return {
@@ -108,23 +115,18 @@ def _tied(ties: pd.DataFrame, tie: str, heads: HeadSet, names: list[Head], draws
 
 
 def _replaced(
-    members: list[int],
-    names: list[Head],
-    sums: np.ndarray,
-    counts: np.ndarray,
-    draws: int,
-    rng: np.random.Generator,
+    members: list[int], layers: np.ndarray, sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: int
 ) -> np.ndarray:
-    layer = np.array([n for n, _ in names])
-    others = np.setdiff1d(np.arange(len(names)), members)
-    if len(members) < 2 or len(others) < len(members):
+    """Mean ties of sets of heads that stand in for `members`; none where too few heads were seen."""
+    rng = np.random.default_rng(seed)
+    if len(members) < 2 or len(layers) < 3 * len(members):
         return np.empty(0)
     out = []
     for _ in range(draws):
         chosen: list[int] = []
         for member in rng.permutation(members):
-            free = np.setdiff1d(others, chosen)
-            near = free[np.argsort(np.abs(layer[free] - layer[member]), kind="stable")[:_NEAREST]]
+            free = np.setdiff1d(np.arange(len(layers)), chosen)
+            near = free[np.argsort(np.abs(layers[free] - layers[member]), kind="stable")[:_NEAREST]]
             chosen.append(int(rng.choice(near)))
         n = counts[np.ix_(chosen, chosen)].sum()
         if n:
@@ -178,13 +180,13 @@ def in_words(found: Clusters | str, tables: Mapping[str, pd.DataFrame], *, alpha
 
 def _verdict(row: dict[Hashable, Any], alpha: float) -> str:
     about = {
-        "given": f"beyond the class of the copied token (p {row['given_p_holm']:.3f})",
+        "given": f"together beyond the class of the copied token (p {row['given_p_holm']:.3f})",
         "feeds": f"feeding each other ({_beside(row, 'feeds')})",
-        "alike": f"queries with the same senders ({_beside(row, 'alike')})",
+        "alike": f"of queries with the same senders ({_beside(row, 'alike')})",
     }
     passed = {name: bool(row[f"{name}_p_holm"] <= alpha) for name in about}
     what = "is a circuit by these tests" if row["circuit"] else "is no circuit by these tests"
-    shown = "; ".join(f"{'' if passed[name] else 'not '}{text}" for name, text in about.items())
+    shown = "; ".join(f"{'' if passed[name] else 'not shown to be '}{text}" for name, text in about.items())
     return f"Cluster {row['cluster']} ({row['heads']}) {what}: together beyond the clock; {shown}."
 
 

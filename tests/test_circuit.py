@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 import toy_circuit as toy
 from toy_crowds import crowds as toy_crowds
 from typer.testing import CliRunner
@@ -148,9 +149,12 @@ def test_more_steps_are_asked_for_ties_alone(model):
 
 def test_what_it_says(result):
     notes = " ".join(result.notes())
-    assert "2 of 2 episodes answered, 2 haystack windows." in notes and "8 steps of 2 answers taken apart" in notes
-    assert "(zero): 4 by attribution, 4 by attention only, 364 at random." in notes
-    assert "20% of it or less is left: 4 by attribution, 4 by attention only, 364 at random." in notes
+    assert (
+        "2 of 2 episodes answered, 2 haystack windows." in notes
+        and "Steps taken apart: 8, of 2 of the answers." in notes
+    )
+    assert "(zero): 4 or fewer by attribution, 4 or fewer by attention only, between" in notes
+    assert "20% of it or less is left: 4 or fewer by attribution, 4 or fewer by attention only, between" in notes
     assert "0 clusters hold" in notes
     assert result.values()["notes"] == result.notes() and set(result.values()) >= {"overlaps", "agreement", "curves"}
     assert set(result.measures().columns) == {"value", "low", "high"}
@@ -161,6 +165,14 @@ REFUSED = {
     "asked before any pass: twin": (
         {"twin": lambda e: dataclasses.replace(TWINS[e.id], tokens=e.tokens[:-1])},
         "equal length",
+    ),
+    "twin that says the same": (
+        {"twin": lambda e: e},
+        "must differ in the needle and nowhere else, got 0 tokens there",
+    ),
+    "twin of another text": (
+        {"twin": lambda e: dataclasses.replace(TWINS[e.id], tokens=TWINS[e.id].tokens.roll(1))},
+        "must differ in the needle and nowhere else",
     ),
     "steps": ({"steps": 0}, "steps must be at least 1, got 0"),
     "graphs": ({"n_graphs": 0}, "n_graphs must be at least 1"),
@@ -183,6 +195,8 @@ def test_models_and_needles_that_cannot_be_asked(model, monkeypatch):
     sliding = dh.load(tiny.build("mistral"), tokenizer=tiny.tokenizer(), check=False)
     with pytest.raises(ValueError, match="sliding-window"):
         run(sliding)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"gradients, which torch\.inference_mode"):
+        run(model)
     bare = dataclasses.replace(EPISODES[0], spans=())
     with pytest.raises(ValueError, match="has no span 'needle'"):
         circuit(model, [bare], **{**SETTINGS, "twin": lambda e: e})
@@ -203,8 +217,9 @@ def test_answers_without_a_step_are_said_to_be_so(model):
     wrong = [dataclasses.replace(e, meta={**e.meta, "answer_text": "w0"}) for e in EPISODES]
     with pytest.raises(ValueError, match="none of 2 episodes was answered"):
         circuit(model, wrong, **{**SETTINGS, "twin": lambda e: TWINS[e.id]})
+    silent = [dataclasses.replace(TWINS[e.id], answer=e.answer) for e in EPISODES]
     with pytest.raises(ValueError, match="none of 2 answers has a step"):
-        run(model, twin=lambda e: e)
+        run(model, twin=lambda e: next(t for t in silent if t.id == TWINS[e.id].id))
 
 
 def test_what_was_said_has_its_counterpart():
@@ -277,6 +292,29 @@ def test_a_cluster_is_a_circuit_where_its_heads_feed_each_other(crowds):
     assert ties.in_words("too few heads", {}) == ["No clusters: too few heads."]
 
 
+def test_heads_with_nothing_between_them_are_seldom_called_a_circuit(crowds):
+    """Some heads send to all: ties differ by head, and know nothing of clusters."""
+    rng, wrong = np.random.default_rng(0), []
+    for world in range(40):
+        loud = rng.gamma(2, 0.2, 12)
+        table = ties_of(crowds, inside=0.3, outside=0.3, seed=world)
+        sender = table["a"].map({dh.heads.head_name(h): i for i, h in enumerate(crowds.crowd.heads)})
+        table["feeds"] += loud[sender]
+        wrong.append(ties.tested(table, crowds, given_p=[0.001] * 3, draws=150, seed=world)["circuit"].any())
+    assert np.mean(wrong) <= 0.1
+
+
+def test_few_pairs_or_few_other_heads_tell_nothing(crowds):
+    table = ties_of(crowds, inside=0.5, outside=0.3)
+    few = ties.tested(table.head(12), crowds, given_p=[0.001] * 3, draws=150, seed=0)
+    assert few["feeds_p"].isna().all() and not few["circuit"].any()
+    window = ties.tested(table.assign(group="one"), crowds, given_p=[0.001] * 3, draws=150, seed=0)
+    assert window["feeds_p"].isna().all()
+    members = [dh.heads.head_name(h) for h in crowds.members[0]]
+    alone = table.loc[table["a"].isin(members) & table["b"].isin(members)]
+    assert np.isnan(ties.tested(alone, crowds, given_p=[0.001] * 3, draws=150, seed=0)["feeds_p"].iloc[0])
+
+
 def test_the_class_that_explains_company_explains_it_away(crowds):
     crowd = crowds.crowd
     same = ties.given(crowds, crowd, draws=60, seed=0)
@@ -300,7 +338,7 @@ def test_the_command_runs_shows_and_says_where_the_pages_are(model, tmp_path, mo
     small = "--graphs 2 --steps 1 --edges 8 --exact 4 --sizes 4,30 --rests zero --min-steps 2 --draws 9".split()
     command = ["circuit", *small, "--max-new-tokens", "4", "--out", str(out)]
     said = CliRunner().invoke(app, [*command, "--quiet"], catch_exceptions=False).stdout
-    assert "2 steps of 2 answers taken apart" in said and f"time-lapse: {out / 'lapse.html'}" in said
+    assert "Steps taken apart: 2, of 2 of the answers." in said and f"time-lapse: {out / 'lapse.html'}" in said
     shown = CliRunner().invoke(app, ["show", str(out)], catch_exceptions=False).stdout
     assert said.startswith(shown)
     values = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)

@@ -9,6 +9,7 @@ from dhlens.stats import (
     holm,
     jackknife,
     mcnemar,
+    paired_mean,
     rouge1_recall,
     rouge_l,
     token_f1,
@@ -112,3 +113,22 @@ def test_mcnemar_counts_the_items_that_differ():
 def test_holm_worked_by_hand():
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([0.6, 0.9])).tolist() == [1.0, 1.0]
+
+
+def test_pairs_of_groups_are_resampled_by_both():
+    """Values that are sums of what each of two windows has: the interval holds the truth, rows taken alone do not."""
+    rng = np.random.default_rng(0)
+    inside, narrow = 0, 0
+    for world in range(60):
+        window = rng.normal(0, 1, 12)
+        i, j = np.triu_indices(12, 1)
+        found = paired_mean(window[i] + window[j], i.astype(str), j.astype(str), seed=world)
+        alone = grouped_mean(window[i] + window[j], np.arange(len(i)).astype(str), seed=world)
+        inside += found.low <= 0 <= found.high
+        narrow += alone.low <= 0 <= alone.high
+    assert inside >= 50 > narrow
+    same = np.array(list("aabb"))
+    apart = paired_mean(np.array([1.0, 1, 5, 5]), same, same, seed=0)
+    assert (apart.value, apart.low, apart.high) == (3, 1, 5)
+    lone = paired_mean(np.array([1.0, np.nan, 2]), np.array(list("aba")), np.array(list("aaa")), seed=0)
+    assert lone.value == 1.5 and np.isnan(lone.low)

@@ -149,8 +149,8 @@ class Circuit:
         silent = sum(map(len, self.answers["silent"]))
         said = [f"{right} of {len(self.trace.outcomes)} episodes answered, {windows} haystack windows."]
         said.append(
-            f"{len(self.steps)} steps of {answers} {'answer' if answers == 1 else 'answers'} taken apart; at {silent} "
-            "others the twin differs, but no head is dynamic."
+            f"Steps taken apart: {len(self.steps)}, of {answers} of the answers. Left out, where the twin differs but "
+            f"no head is dynamic: {silent}."
         )
         return [*said, *findings.in_words(self.tables, seed=self.seed), *ties.in_words(self.crowds, self.tables)]
 
