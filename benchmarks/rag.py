@@ -3,7 +3,7 @@
     python benchmarks/rag.py                                    # our own questions, smollm2-135m
     python benchmarks/rag.py --questions hotpot.json --length 1400 --n 5
 
-`together`  one question in every arm (RIND, three visibilities, five policies, the references): drafts, looks and views
+`together`  one question in every arm (RIND, three visibilities, six policies, the references): drafts, looks and views
             are shared and arms are decoded as lanes of one batch; beside it the same arms one after the other
 `view`      the prompt with a quarter of its context visible: only visible tokens fed, at their positions, beside the
             whole prompt fed under a mask that hides the rest from every row; and how far their logits differ
@@ -95,7 +95,7 @@ def main() -> None:
     model = dh.load(given.model)
     asked = hotpot.episodes(model.tokenizer, given.questions, n=given.n + given.fit, length=given.length, seed=0)
     fitted = reasoning_policies(dh.observe(model, asked[: given.fit], max_new_tokens=ROOM), seed=0)
-    policies = {name: fitted[name] for name in CHOOSERS[:5]}
+    policies = {name: fitted[name] for name in CHOOSERS[:-1]}
     first_logits(model, masked(model, asked[0], torch.ones(len(asked[0].tokens), dtype=torch.bool)))  # warms caches up
     given.out.mkdir(parents=True, exist_ok=True)
     for name, rows in {

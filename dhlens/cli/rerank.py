@@ -8,7 +8,7 @@ import typer
 from dhlens.cli import options as o
 from dhlens.cli.show import say
 
-_POLICIES = ("predicted", "static", "dynamic random", "fixed random", "all heads")
+_POLICIES = ("predicted", "static", "by step", "dynamic random", "fixed random", "all heads")
 
 
 def rerank(

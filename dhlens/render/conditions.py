@@ -20,6 +20,7 @@ _STYLES = (
     ("#E69F00", "P"),
     (INK, "X"),
     (GREY, "p"),
+    ("#7A4E1D", "<"),
 )
 _UNNAMED = ("none", "-")
 

@@ -21,8 +21,9 @@ _KNOWN = (
     "fixed random",
     "random windows",
     "first tokens",
+    "by step",
 )
-_BANDED = _KNOWN[:3]
+_BANDED = ("predicted", "static", "oracle", "by step")
 REFERENCES = ("none", "full", "gold")
 """Arms in which no trigger moves: nothing of the context, all of it, the supporting facts."""
 
