@@ -39,9 +39,7 @@ from dhlens import hooks as sites
 from dhlens.copies import FINAL_IN, mlp_in
 from dhlens.hooks import Hook
 from dhlens.nodes import Edge, Wiring
-from dhlens.opened import OpenStep
-
-_PROJECTED = (("q", sites.q), ("k", sites.k), ("v", sites.v))
+from dhlens.opened import PROJECTED, OpenStep
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +109,7 @@ def attribute(opened: OpenStep, *, points: int = 0, by_row: bool = False) -> Att
     """
     if points < 0:
         raise ValueError(f"points must be at least 0, got {points}")
-    wiring, needle = opened.wiring, range(opened.n_needle)
-    places = (*(f"needle+{i}" for i in needle), "step") if by_row else ("needle", "step")
+    wiring, places = opened.wiring, opened.places(by_row=by_row)
     scores = torch.zeros(len(places), len(wiring.senders), len(wiring.receivers))
     clean, twin = opened.embeddings
     ways = [(i + 0.5) / points for i in range(points)] or [0.0]
@@ -120,8 +117,7 @@ def attribute(opened: OpenStep, *, points: int = 0, by_row: bool = False) -> Att
         for receivers, gradients in _gradients(opened, torch.lerp(clean, twin, way)):
             for total, at in zip(scores, places, strict=True):
                 total[:, receivers] += _product(opened, gradients, opened.rows(at)) / len(ways)
-    known = (wiring.allowed & opened.asked).expand(len(places), -1, -1).clone()
-    known[:-1, :, -1] = False
+    known = opened.possible(places) & opened.asked
     return Attribution(opened.step, wiring, places, scores * known, known, opened.metric_clean, opened.metric_twin)
 
 
@@ -145,7 +141,7 @@ def _gradients(
         return name, fn
 
     layers = range(opened.model.n_layers)
-    names = [site(n) for n in layers for _, site in _PROJECTED] + [mlp_in(n) for n in layers] + [FINAL_IN]
+    names = [site(n) for n in layers for _, site in PROJECTED] + [mlp_in(n) for n in layers] + [FINAL_IN]
     inputs: dict[int, Tensor] = {}
     reads: list[Hook] = [(sites.resid_pre(n), lambda x, hook, n=n: inputs.update({n: x[0].detach()})) for n in layers]
     logits = opened.feed_from(embeddings, [*reads, *map(keep, names)])
@@ -170,7 +166,7 @@ def _into_attention(
     """Through the projection of each head and the norm before it, as one batch of copies of the layer's input."""
     block = opened.model.hooked.blocks[layer]
     chosen, normed = [], []
-    for kind, site in _PROJECTED:
+    for kind, site in PROJECTED:
         these = _chosen(opened, layer, kind)
         heads = [opened.wiring.receivers[i].index for i in these]
         gradient = at[site(layer)]

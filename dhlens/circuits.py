@@ -32,7 +32,7 @@ from dhlens.copies import FINAL_IN, Run, add_up, attn_in, head_outputs, mlp_in, 
 from dhlens.edgesets import entries_of, mask_of, of_layer, places_of
 from dhlens.hooks import Hook
 from dhlens.nodes import Edge
-from dhlens.opened import OpenStep
+from dhlens.opened import PROJECTED, OpenStep
 from dhlens.paths import projected
 from dhlens.transplant import KEYS_A_ROW
 
@@ -40,7 +40,6 @@ Rest = Literal["counterfactual", "zero", "mean"]
 RESTS: tuple[Rest, ...] = get_args(Rest)
 ROWS = 512
 """Rows per pass, if nothing else is said."""
-_PROJECTED = (("q", sites.q), ("k", sites.k), ("v", sites.v))
 
 
 def run_circuits(
@@ -229,7 +228,7 @@ class _Pass:
 
         return [
             (sites.resid_pre(layer), enter),
-            *((site(layer), lambda x, hook, kind=kind: x + shifts.pop(kind)) for kind, site in _PROJECTED),
+            *((site(layer), lambda x, hook, kind=kind: x + shifts.pop(kind)) for kind, site in PROJECTED),
             (sites.z(layer), lambda x, hook: self.put(sender, head_outputs(opened.model, layer, x))),
             (mlp_in(layer), into_mlp),
             (mlp_out(layer), lambda x, hook: self.put(sender + opened.wiring.n_heads, x[:, None])),

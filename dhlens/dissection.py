@@ -29,7 +29,7 @@ from dhlens.faithfulness import attention_only, faithfulness, random_edges
 from dhlens.findings import spread_steps
 from dhlens.heads import HeadSet, head_name
 from dhlens.model import Model
-from dhlens.nodes import Edge
+from dhlens.nodes import Edge, Receiver, Sender
 from dhlens.opened import OpenStep, open_steps
 from dhlens.paths import patch_edges
 from dhlens.store import Run
@@ -216,14 +216,19 @@ def _feeders(found: Attribution, heads: HeadSet) -> list[Row]:
 
 
 def _ties(found: Attribution, heads: HeadSet) -> Iterator[Row]:
-    """Each two dynamic heads: what the earlier sends into the later, and how alike the senders of their queries are."""
+    """Each two dynamic heads: what the earlier sends into the later, and how alike the senders of their queries are.
+
+    Heads of one key/value group share their key and value terms: what enters these counts for each of them, so that
+    `feeds` into two of them counts it twice. And all that a sender puts out counts, at the needle's rows too, although
+    it is "on" at the step's row.
+    """
     wiring, size = found.wiring, found.scores.abs().double()
     into = {h: size[..., wiring.into(HeadSet([h], heads.shape))] for h in heads}  # [place sender input]
     entered = {h: of.sum((0, 2)) for h, of in into.items()}
     asked = {h: of[found.places.index("step"), :, 0] for h, of in into.items()}
     for a, b in combinations(heads, 2):
-        n = 1 + a[0] * (wiring.n_heads + 1)
-        sent = entered[b][1 + a[0] * (wiring.n_heads + 1) + a[1]] / entered[b].sum()
+        n = int(wiring.n_before[wiring.receiver_index[Receiver("q", *a)]])
+        sent = entered[b][wiring.sender_index[Sender("head", *a)]] / entered[b].sum()
         both = torch.cosine_similarity(asked[a][:n], asked[b][:n], dim=0, eps=1e-30)
         known = bool(asked[a][:n].any() and asked[b][:n].any())
         yield {

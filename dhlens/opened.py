@@ -39,6 +39,8 @@ from dhlens.nodes import Wiring, place_rows
 from dhlens.prefix import prefill
 from dhlens.stream import Stream
 
+PROJECTED = (("q", sites.q), ("k", sites.k), ("v", sites.v))
+"""Receivers of an attention layer by kind, and where their projections come out."""
 Metric = Callable[[Tensor], Tensor]
 """From logits [... vocab] to one number each [...], by operations that have gradients."""
 

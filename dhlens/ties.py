@@ -192,6 +192,11 @@ def _verdict(row: dict[Hashable, Any], alpha: float) -> str:
 
 def _beside(row: dict[Hashable, Any], tie: str) -> str:
     if np.isnan(row[f"{tie}_p"]):
-        return f"cannot be told, {row[f'{tie}_pairs']} pairs seen"
+        return f"cannot be told, {_pairs(row, tie)} seen"
     value, null, p = (row[f"{tie}_{name}"] for name in ("value", "null", "p_holm"))
-    return f"{value:.3f} in {row[f'{tie}_pairs']} pairs against {null:.3f} of others, p {p:.3f}"
+    return f"{value:.3f} in {_pairs(row, tie)} against {null:.3f} of others, p {p:.3f}"
+
+
+def _pairs(row: dict[Hashable, Any], tie: str) -> str:
+    n = row[f"{tie}_pairs"]
+    return f"{n} pair{'' if n == 1 else 's'}"

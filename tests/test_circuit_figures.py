@@ -36,6 +36,10 @@ def drawn(figure):
     return figure.axes[0]
 
 
+def key(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 def test_the_graph_of_a_step_shows_each_edge_by_width_and_sign():
     axes = drawn(layered(graph(), HeadSet(["L1H0", "L0H3"], (3, 4)), title="$step_1"))
     lines = {p.get_gid(): p for p in axes.patches if isinstance(p, PathPatch)}
@@ -56,10 +60,25 @@ def test_the_graph_of_a_step_shows_each_edge_by_width_and_sign():
     # the shared values of L0KV0 are read by L0H1, those of L1KV0 by L1H0 and L1H1
     assert len(axes.patches) - len(scored) == 3
     assert axes.get_title(loc="left") == "$step_1"
+    assert key(axes)[-1] == "dynamic head (1 of 2 is not in this picture)"
     names = [t.get_text() for t in axes.get_yticklabels()]
     assert names == ["embedding", "L0", "L1", "L2 mlp", "logits"]
     with pytest.raises(ValueError, match="leads to the logits, got none"):
         layered(graph({"L0H2->L2H3.q@step": -7.0}))
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        (["L1H0", "L1H1"], "dynamic head"),
+        (["L1H0", "L0H0", "L0H3"], "dynamic head (2 of 3 are not in this picture)"),
+        # an edge of the graph that leads nowhere is not shown, nor is its sender
+        (["L0H2"], "dynamic head (1 of 1 is not in this picture)"),
+    ],
+)
+def test_the_key_counts_dynamic_heads_that_are_not_shown(heads, said):
+    assert key(drawn(layered(graph(), HeadSet(heads, (3, 4)))))[-1] == said
+    assert key(drawn(layered(graph())))[-1] == "dynamic head"
 
 
 def test_nodes_stand_apart_on_their_levels_and_keep_their_places():

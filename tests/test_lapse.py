@@ -45,6 +45,17 @@ def test_the_data_are_the_graphs():
     assert found["levels"] == ["embedding", "L0", "L1", "L2", "L2 mlp", "logits"]
 
 
+def test_heads_of_another_step_alone_are_not_ringed():
+    heads = {1: HeadSet(["L1H0", "L0H3", "L0H0"], (3, 4)), 3: HEADS[3]}
+    (found,) = data(lapse("toy", [Film("e0", "abcd", [graph(step=1), graph(LATER, step=3)], heads)]))
+    names = [node[0] for node in found["nodes"]]
+    assert "L0H3@step" in names
+    assert [[names[i] for i in step["ringed"]] for step in found["steps"]] == [
+        ["L1H0@step"],
+        ["L0H3@step", "L1H1@step"],
+    ]
+
+
 def test_hostile_texts_stay_texts():
     page = lapse(EVIL[0], [Film(EVIL[7], EVIL, [graph(step=2)], {})])
     (found,) = data(page)
@@ -113,6 +124,15 @@ def test_keys_slider_and_answers_move_it(show):  # noqa: F811
     tab.click("#play")
     tab.wait_for_timeout(1400)
     assert "Step 3" in now(tab) and tab.inner_text("#play") == "Stop"
+
+
+def test_dynamic_heads_without_a_node_are_counted(show):  # noqa: F811
+    heads = {1: HeadSet(["L1H0", "L0H3", "L0H0"], (3, 4)), 3: HeadSet(["L0H3", "L2H0"], (3, 4))}
+    tab = show(lapse("toy", [Film("e0", "abcd", [graph(step=1), graph(LATER, step=3)], heads)]))
+    assert now(tab).endswith("3 dynamic heads: L0H0 L0H3 L1H0. 2 of 3 dynamic heads are not in this graph.")
+    assert tab.locator("#graph .node.on").count() == 1
+    tab.keyboard.press("ArrowRight")
+    assert now(tab).endswith("2 dynamic heads: L0H3 L2H0. 1 of 2 dynamic heads is not in this graph.")
 
 
 def test_a_tap_keeps_the_edges_of_a_node_on_a_phone(show):  # noqa: F811

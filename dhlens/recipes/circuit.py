@@ -76,7 +76,9 @@ class Circuit:
     of all that enters, by the size of edges; share_others: the same of the other heads of their layers."""
     ties: pd.DataFrame
     """Each two dynamic heads of a step, taken apart or one of `Asked.more`: a, b, feeds (share of what enters b that is
-    a's; NaN in one layer), alike (cosine of the sizes of what their queries receive)."""
+    a's; NaN in one layer), alike (cosine of the sizes of what their queries receive). Heads of one key/value group
+    share their key and value terms, so that `feeds` into both counts these twice; what a puts out at the needle's rows
+    counts, although a is "on" at the step's row."""
     faithfulness: pd.DataFrame
     """See `dhlens.faithfulness`: per step, ranking, rest and size."""
     areas: pd.DataFrame

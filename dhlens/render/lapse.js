@@ -111,12 +111,14 @@
       return span;
     }));
     const heads = step().heads;
+    const absent = heads.length - step().ringed.length;
+    const missing = absent ? ` ${absent} of ${heads.length} dynamic heads ${absent === 1 ? "is" : "are"} not in this graph.` : "";
     const compared = state.at ? `${stays} stay, ${shown.length - stays} came, ${gone.length} are gone since step ${step(state.at - 1).step}` : `${shown.length} edges, the first graph`;
     const now = by("now");
     now.replaceChildren();
     const strong = document.createElement("b");
     strong.textContent = `Step ${step().step}, ‘${film().pieces[step().step]}’`;
-    now.append(strong, `: ${compared}. ${heads.length} dynamic ${heads.length === 1 ? "head" : "heads"}: ${heads.join(" ") || "none"}.`);
+    now.append(strong, `: ${compared}. ${heads.length} dynamic ${heads.length === 1 ? "head" : "heads"}: ${heads.join(" ") || "none"}.${missing}`);
     by("at").max = film().steps.length - 1;
     by("at").value = state.at;
     by("at").setAttribute("aria-valuetext", `step ${step().step}`);

@@ -34,7 +34,7 @@ class Film:
     graphs: Sequence[Graph]
     """Of some of the steps, in any order."""
     heads: Mapping[int, HeadSet]
-    """The dynamic heads by step; steps may be left out."""
+    """The dynamic heads by step; steps may be left out. The page says how many of a step's are not in its graph."""
 
 
 class Lapse(Page):
@@ -103,7 +103,7 @@ def _packed(film: Film) -> dict[str, Any]:
             {
                 "step": graph.step,
                 "heads": names,
-                "ringed": [number[n] for n in (f"{name}@step" for name in names) if n in number],
+                "ringed": [number[n] for n in (f"{name}@step" for name in names) if n in net],
                 "edges": [
                     [number[a], number[b], float(f"{s:.4g}"), round(bend(places[a], places[b]), 3)] for a, b, s in edges
                 ],

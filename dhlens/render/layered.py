@@ -73,7 +73,8 @@ def layered(graph: Graph, dynamic: HeadSet | None = None, *, most: int = 60, tit
     """The strongest edges of a step's graph that lead to the logits.
 
     Lines are as wide as their scores are large: blue where the edge helps the clean answer, vermilion where it works
-    against it. Grey dashes lead from keys and values to the heads that read them. Dynamic heads have a dark ring.
+    against it. Grey dashes lead from keys and values to the heads that read them. Dynamic heads have a dark ring;
+    the key says how many of them are not shown.
 
     Args:
         graph: of one step.
@@ -110,6 +111,7 @@ def layered(graph: Graph, dynamic: HeadSet | None = None, *, most: int = 60, tit
         )
         axes.text(x, place.y, place.text, ha="center", va="center_baseline", fontsize=7, color=INK, zorder=5)
     _frame(axes, places, n_levels, title or f"{len(shown.edges)} edges of step {graph.step}")
+    _key(axes, n_levels, absent=len(ringed - places.keys()), dynamic=len(ringed))
     return figure
 
 
@@ -143,12 +145,16 @@ def _frame(axes: Axes, places: dict[str, Place], n_levels: int, title: str) -> N
     axes.tick_params(axis="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+
+
+def _key(axes: Axes, n_levels: int, *, absent: int, dynamic: int) -> None:
     lines = [Line2D([], [], color=c, linewidth=3) for c in (BLUE, ORANGE)]
     lines.append(Line2D([], [], color=GREY, linewidth=0.9, linestyle=(0, (2, 2))))
-    names = ["helps the answer", "works against it", "read by"]
+    missing = f" ({absent} of {dynamic} {'is' if absent == 1 else 'are'} not in this picture)" if absent else ""
+    names = ["helps the answer", "works against it", "read by", f"dynamic head{missing}"]
     ring = Line2D([], [], marker="o", color="none", markerfacecolor="#FFF2B3", markeredgecolor=INK, markeredgewidth=2)
     axes.legend(
-        [*lines, ring], [*names, "dynamic head"], loc="upper left", bbox_to_anchor=(0, -0.5 / n_levels - 0.02),
+        [*lines, ring], names, loc="upper left", bbox_to_anchor=(0, -0.5 / n_levels - 0.02),
         ncols=4, frameon=False, fontsize=8,
     )  # fmt: skip
 
