@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 import dhlens as dh
 import dhlens.heads
 from dhlens import dissection, findings, ties
+from dhlens.attribution import Attribution
 from dhlens.cli import app, main
 from dhlens.counterparts import Answer
 from dhlens.dissection import Asked
 from dhlens.episode import Outcome
 from dhlens.graphs import Graph
+from dhlens.nodes import Wiring, parse_edge
 from dhlens.recipes import Circuit, circuit
 
 N = 2
@@ -362,3 +364,28 @@ def test_what_the_command_refuses_in_one_line(arguments, message, monkeypatch, c
         main()
     said = capsys.readouterr().err
     assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_ties_by_hand():
+    """Ten parts enter L1H1, five of them from L0H0; the queries of layer 1 are (3, 0, 4, 0) and (4, 2, 0, 0)."""
+    wiring = Wiring(n_layers=2, n_heads=2, n_kv_heads=1)
+    scores = torch.zeros(2, len(wiring.senders), len(wiring.receivers))
+    for edge, score in {
+        "L0H0->L1KV0.k@needle": -3.0,
+        "embed->L1KV0.v@needle": 1.0,
+        "embed->L1H1.q@step": 4.0,
+        "L0H0->L1H1.q@step": -2.0,
+        "embed->L1H0.q@step": 3.0,
+        "L0H1->L1H0.q@step": 4.0,
+        "L0.mlp->logits@step": 9.0,
+    }.items():
+        e = parse_edge(edge)
+        place = ("needle", "step").index(e.at)
+        scores[place, wiring.sender_index[e.sender], wiring.receiver_index[e.receiver]] = score
+    found = Attribution(0, wiring, ("needle", "step"), scores, scores != 0, 0.0, 0.0)
+    heads = dh.HeadSet(["L0H0", "L1H0", "L1H1"], (2, 2))
+    ties = {(r["a"], r["b"]): r for r in dissection._ties(found, heads)}
+    assert ties["L0H0", "L1H1"]["feeds"] == pytest.approx(0.5)
+    assert ties["L0H0", "L1H0"]["feeds"] == pytest.approx(3 / 11)
+    assert np.isnan(ties["L1H0", "L1H1"]["feeds"])
+    assert ties["L1H0", "L1H1"]["alike"] == pytest.approx(12 / (5 * 20**0.5))
