@@ -6,12 +6,13 @@ python assets/make.py atlas runs/atlas
 python assets/make.py sweep runs/sweep
 python assets/make.py predict runs/predict
 python assets/make.py rag runs/rag
+python assets/make.py circuit runs/circuit
 """
 
 import sys
 from pathlib import Path
 
-from dhlens.recipes import Ablation, Prediction, Rag, Scan
+from dhlens.recipes import Ablation, Circuit, Prediction, Rag, Scan
 
 PICTURES = {
     "scan": (Scan, {"raster": "One episode", "long_tail": "The long tail"}),
@@ -19,6 +20,7 @@ PICTURES = {
     "atlas": (Ablation, {"causal": "Every head, every step"}),
     "sweep": (Ablation, {"sweep": "How many heads"}),
     "rag": (Rag, {"selection": "What the heads find"}),
+    "circuit": (Circuit, {"circuit": "What a circuit is worth"}),
     "predict": (Prediction, {"correlations": "Canonical correlations: the largest"}),
 }
 

@@ -211,9 +211,9 @@ def _least(curve: pd.DataFrame, enough: Callable[[np.ndarray], np.ndarray]) -> s
     for ranking, part in curve.sort_values("size").groupby("ranking", sort=False):
         sizes, values = (part[name].to_numpy() for name in ("size", "value"))
         reached = sizes[enough(values)]
-        said = f"more than {sizes[-1]:,} (there {values[-1]:.2f})"
+        said = f"more than {sizes[-1]:,} (there {values[-1]:z.2f})"
         if len(reached):
-            before = [f"{size:,} ({value:.2f})" for size, value in zip(sizes, values, strict=True) if size < reached[0]]
+            before = [f"{size:,} ({value:z.2f})" for size, value in zip(sizes, values, strict=True) if size < reached[0]]
             said = f"between {before[-1]} and {reached[0]:,}" if before else f"{reached[0]:,} or fewer"
         found.append(f"{said} by {ranking}" if ranking != "random" else f"{said} at random")
     return ", ".join(found)
@@ -229,7 +229,7 @@ def _said(table: pd.DataFrame, column: str, seed: int) -> str:
 
 
 def _interval(value: float, low: float, high: float) -> str:
-    return "unknown" if np.isnan(value) else f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return "unknown" if np.isnan(value) else f"{value:z.2f}" + ("" if np.isnan(low) else f" [{low:z.2f}, {high:z.2f}]")
 
 
 def _names(edges: pd.DataFrame) -> pd.Series:
