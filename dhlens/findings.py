@@ -213,7 +213,9 @@ def _least(curve: pd.DataFrame, enough: Callable[[np.ndarray], np.ndarray]) -> s
         reached = sizes[enough(values)]
         said = f"more than {sizes[-1]:,} (there {values[-1]:z.2f})"
         if len(reached):
-            before = [f"{size:,} ({value:z.2f})" for size, value in zip(sizes, values, strict=True) if size < reached[0]]
+            before = [
+                f"{size:,} ({value:z.2f})" for size, value in zip(sizes, values, strict=True) if size < reached[0]
+            ]
             said = f"between {before[-1]} and {reached[0]:,}" if before else f"{reached[0]:,} or fewer"
         found.append(f"{said} by {ranking}" if ranking != "random" else f"{said} at random")
     return ", ".join(found)
