@@ -95,20 +95,8 @@ def jaccards(graphs: Mapping[Step, Graph], dynamic: Mapping[Step, HeadSet], grou
             continue
         row |= {"pair": pair, "lag": lag if same else -1, "edges": len(a.edges & b.edges) / len(a.edges | b.edges)}
         rows.append({**row, "heads": a.heads.jaccard(b.heads), "dynamic": dynamic[x].jaccard(dynamic[y])})
-    columns = [
-        "episode",
-        "group",
-        "step",
-        "other",
-        "other_step",
-        "other_group",
-        "pair",
-        "lag",
-        "edges",
-        "heads",
-        "dynamic",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    columns = "episode group step other other_step other_group pair lag edges heads dynamic"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 def overlaps(alignment: pd.DataFrame, *, seed: int) -> pd.DataFrame:
@@ -180,10 +168,11 @@ def in_words(tables: Mapping[str, pd.DataFrame], *, seed: int) -> Iterator[str]:
             f"Edges that do {_MOST:.0%} of the answer alone, the rest replaced ({rest}): {alone}. Edges without which "
             f"{1 - _MOST:.0%} of it or less is left: {cut}."
         )
-    yield (
-        "Edges are ranked by what differs in the counterfactual: under the other rests what both have in common goes "
-        "as well, so that only the counterfactual says how small a circuit can be."
-    )
+    if set(tables["curves"]["rest"]) - {"counterfactual"}:
+        yield (
+            "Edges are ranked by what differs in the counterfactual: under the other rests what both have in common "
+            "goes as well, so that only the counterfactual says how small a circuit can be."
+        )
     sides, kinds = (_entered(tables["feeders"], by, len(tables["steps"])) for by in ("side", "kind"))
     yield f"What enters the dynamic heads, by the size of edges: into {sides}; from {kinds}."
     shown = tables["overlaps"].set_index(["of", "pair"])

@@ -3,19 +3,17 @@
 import pytest
 import tiny
 import torch
-from toy_tokenizers import byte_level, prose
+from toy_passages import HEADS, PASSAGES, QUESTION
+from toy_tokenizers import byte_level
 
 import dhlens as dh
 from dhlens.recipes import rag
 from dhlens.recipes.passages import CorpusLookup, read_passages
-from dhlens.tasks.corpus import Index, Passage
+from dhlens.tasks.corpus import Index
 from dhlens.tasks.hotpot import episodes, over_documents
 from dhlens.tasks.questions import Document, Question
 from dhlens.triggers import every_sentence
 from dhlens.windows import Windows
-
-PASSAGES = [Passage(f"p{i}", f"The {name}", prose(2, seed=i)) for i, name in enumerate("heron river miller".split())]
-QUESTION = "Which garden did the heron watch?"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +29,6 @@ def model(plain):
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     return Index.of(PASSAGES, tmp_path_factory.mktemp("bm25") / "index")
-
-
-HEADS = dh.HeadSet([(0, 1), (1, 3)], (2, 4))
 
 
 def test_a_passage_is_worth_the_attention_from_the_last_token_on_it(model, plain):

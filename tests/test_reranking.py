@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from toy_tokenizers import byte_level, prose
+from toy_passages import HEADS, PASSAGES, QUESTION
+from toy_tokenizers import byte_level
 from typer.testing import CliRunner
 
 import dhlens as dh
@@ -19,9 +20,6 @@ from dhlens.render.rag import recall_curves
 from dhlens.tasks.corpus import Index, Passage
 from dhlens.tasks.hotpot import episodes
 
-PASSAGES = [Passage(f"p{i}", f"The {name}", prose(2, seed=i)) for i, name in enumerate("heron river miller".split())]
-QUESTION = "Which garden did the heron watch?"
-HEADS = dh.HeadSet([(0, 1), (1, 3)], (2, 4))
 POLICIES = {"static": dh.Static(HEADS)}
 GOLD = {"q0": frozenset({"p2"}), "q1": frozenset({"p0"})}
 
