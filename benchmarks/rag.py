@@ -75,7 +75,7 @@ def view_row(model: dh.Model, episode: dh.Episode) -> dict[str, Any]:
     context, n = episode.span("context"), len(episode.tokens)
     visible = torch.ones(n, dtype=torch.bool)
     visible[context.start + len(context) // 4 : context.stop] = False
-    few, logits = timed(lambda: first_logits(model, masked(model, episode, visible)))
+    few, logits = timed(lambda: first_logits(masked(model, episode, visible)))
     mask = torch.ones(n, n, dtype=torch.bool).tril() & (visible[None] | torch.eye(n, dtype=torch.bool))
     whole, judge = timed(lambda: model.stream().feed(episode.tokens[None], mask=additive(mask, model.dtype))[0, -1])
     apart = float((logits - judge).abs().max())
@@ -96,7 +96,7 @@ def main() -> None:
     asked = hotpot.episodes(model.tokenizer, given.questions, n=given.n + given.fit, length=given.length, seed=0)
     fitted = reasoning_policies(dh.observe(model, asked[: given.fit], max_new_tokens=ROOM), seed=0)
     policies = {name: fitted[name] for name in CHOOSERS[:-1]}
-    first_logits(model, masked(model, asked[0], torch.ones(len(asked[0].tokens), dtype=torch.bool)))  # warms caches up
+    first_logits(masked(model, asked[0], torch.ones(len(asked[0].tokens), dtype=torch.bool)))  # warms caches up
     given.out.mkdir(parents=True, exist_ok=True)
     for name, rows in {
         "view": [view_row(model, episode) for episode in asked[given.fit :]],

@@ -232,7 +232,7 @@ def _behind(model: Model, episode: Episode, visible: Bool[Tensor, " prompt"]) ->
 
 
 def _moved(model: Model, view: View, other: View) -> dict[str, float]:
-    first, second = (first_logits(model, one).float().cpu() for one in (view, other))
+    first, second = (first_logits(one).float().cpu() for one in (view, other))
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     return {"logit_change": float((first - second).abs().max()), "kl": float((p.exp() * (p - q)).sum())}
 

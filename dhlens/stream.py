@@ -188,6 +188,18 @@ class HFStream:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[list(lanes)], layer.values[list(lanes)]
 
+    def columns(self, kept: Int[Tensor, " column"]) -> "HFStream":
+        """A branch that holds these columns alone, ascending; what is fed then needs positions. Full attention only."""
+        assert self.reach is None and kept.numel(), "columns are positions in layers of full attention"
+        branch = self.fork()
+        if len(kept) < self.length:
+            layers: list[Any] = branch._cache.layers
+            for layer in layers:
+                at = kept.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys.index_select(-2, at), layer.values.index_select(-2, at)
+        branch.length = len(kept)
+        return branch
+
     @classmethod
     def join(cls, streams: "Sequence[HFStream]") -> "HFStream":
         """Streams of different lengths as one batch, shorter ones filled up at the end.

@@ -8,11 +8,12 @@ Three ways to make part of a context visible (`visible`: Bool[prompt]):
 
 - `masked`: as if the prompt were prefilled under a mask that hides the rest from every row. A token that no row sees
   changes no row, so it is simply not fed; the others keep their positions. Nothing of it is left in any key or value.
-- `hidden_in_decode`: the whole prompt is prefilled, and the rest is hidden from the rows that generate. What earlier
-  rows took over from it is still there: compare `first_logits` to see how much.
+- `hidden_in_decode`: the whole prompt is prefilled, and the rows that generate see the keys of visible tokens alone.
+  What these took over from the rest is still there: compare `first_logits` to see how much.
 - `spliced`: a new, shorter prompt of the visible parts, at new positions.
 
-Lanes of different views are decoded as one batch: one pass a step for all of them. Full attention and a fused twin are
+A view holds the keys of what it shows and nothing else, so a step costs by visible tokens, in all three ways. Lanes
+of different views are decoded as one batch: one pass a step for all of them. Full attention and a fused twin are
 needed; `check_views` refuses other models.
 
 Source: arXiv 2602.11162, appendix (it masks the context while drafting and does not say which rows the mask covers).
@@ -42,13 +43,11 @@ class View:
     """A prompt as far as it is seen, all but its last token prefilled."""
 
     stream: HFStream
-    """Holds the prompt but its last token; forked, never changed."""
+    """Holds what rows from the last prompt token on see, and that token not yet; forked, never changed."""
     last: int
     """Id of the last prompt token."""
     position: int
     """Position of the last prompt token."""
-    shown: Bool[Tensor, " column"]
-    """Bool[column]: the stream's columns that rows from the last prompt token on see."""
 
 
 def check_views(model: Model) -> None:
@@ -80,13 +79,13 @@ def masked(model: Model, episode: Episode, visible: Bool[Tensor, " prompt"], *, 
     rest = kept[stream.length :]
     if len(rest):
         stream.feed(episode.tokens[rest][None], positions=rest[None])
-    shown = torch.ones(len(kept), dtype=torch.bool)
-    return View(stream, int(episode.tokens[-1]), len(episode.tokens) - 1, shown)
+    return View(stream, int(episode.tokens[-1]), len(episode.tokens) - 1)
 
 
 def hidden_in_decode(full: HFStream, episode: Episode, visible: Bool[Tensor, " prompt"]) -> View:
     """The clean prompt `full` (all but its last token), of which generated rows see the visible part."""
-    return View(full, int(episode.tokens[-1]), len(episode.tokens) - 1, visible[:-1])
+    stream = full.columns(visible[:-1].nonzero()[:, 0])
+    return View(stream, int(episode.tokens[-1]), len(episode.tokens) - 1)
 
 
 def spliced(
@@ -123,7 +122,7 @@ def prompt_view(model: Model, tokens: Sequence[int], *, head: HFStream | None = 
     assert isinstance(stream, HFStream)
     if rest := list(tokens[stream.length : -1]):
         stream.feed(torch.tensor([rest]))
-    return View(stream, tokens[-1], len(tokens) - 1, torch.ones(len(tokens) - 1, dtype=torch.bool))
+    return View(stream, tokens[-1], len(tokens) - 1)
 
 
 def generate(
@@ -147,31 +146,33 @@ def generate(
     """
     room = [max_new_tokens] * len(views) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     lanes = [_advanced(model, view, list(before)) for view, before in zip(views, said, strict=True)]
-    drafts: list[Draft] = []
+    drafts: dict[int, Draft] = {}
+    # lanes of one batch are filled up to the longest of them: like goes with like
+    order = sorted(range(len(lanes)), key=lambda lane: lanes[lane].stream.length)
     for at in range(0, len(lanes), batch):
-        tokens, entropy = _greedy(model, lanes[at : at + batch], room[at : at + batch])
-        drafts += [_draft(model, *one, read) for one in zip(lanes[at : at + batch], tokens, entropy, strict=True)]
-    return drafts
+        part = order[at : at + batch]
+        written = _greedy(model, [lanes[lane] for lane in part], [room[lane] for lane in part])
+        for lane, tokens, entropy in zip(part, *written, strict=True):
+            drafts[lane] = _draft(model, lanes[lane], tokens, entropy, read)
+    return [drafts[lane] for lane in range(len(lanes))]
 
 
 @torch.no_grad()
-def first_logits(model: Model, view: View) -> Float[Tensor, " vocab"]:
+def first_logits(view: View) -> Float[Tensor, " vocab"]:
     """The logits behind the prompt's last token.
 
     Where two prompts differ in hidden tokens alone, any difference of these is what leaked.
     """
-    return _feed(model, view.stream.fork(), view, [view.last])[0]
+    return _feed(view.stream.fork(), view, [view.last])[0]
 
 
 def _feed(
-    model: Model, stream: HFStream, view: View, tokens: Sequence[int], hooks: Sequence[Hook] | None = None
+    stream: HFStream, view: View, tokens: Sequence[int], hooks: Sequence[Hook] | None = None
 ) -> Float[Tensor, "row vocab"]:
     """Feed rows from the view's last prompt token on, of which each sees what is shown and the rows before it."""
     n = len(tokens)
-    visible = torch.cat([view.shown.expand(n, -1), torch.ones(n, n, dtype=torch.bool).tril()], dim=1)
     positions = view.position + torch.arange(n)[None]
-    mask = additive(visible, model.dtype)
-    return stream.feed(torch.tensor([list(tokens)]), hooks=hooks, keep=n, positions=positions, mask=mask)[0]
+    return stream.feed(torch.tensor([list(tokens)]), hooks=hooks, keep=n, positions=positions)[0]
 
 
 def _advanced(model: Model, view: View, said: list[int]) -> View:
@@ -179,14 +180,14 @@ def _advanced(model: Model, view: View, said: list[int]) -> View:
     if not said:
         return view
     stream = view.stream.fork()
-    _feed(model, stream, view, [view.last, *said[:-1]])
-    return View(stream, said[-1], view.position + len(said), pad(view.shown, (0, len(said)), value=True))
+    _feed(stream, view, [view.last, *said[:-1]])
+    return View(stream, said[-1], view.position + len(said))
 
 
 def _greedy(model: Model, views: Sequence[View], room: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens of each lane, the stop token included, and the entropies of the distributions they are from."""
     stream = HFStream.join([view.stream for view in views])
-    shown = torch.stack([pad(view.shown, (0, stream.length - len(view.shown))) for view in views])
+    shown = torch.arange(stream.length) < torch.tensor([[view.stream.length] for view in views])
     position = torch.tensor([[view.position] for view in views])
     fed = torch.tensor([[view.last] for view in views])
     tokens: list[list[int]] = [[] for _ in views]
@@ -225,7 +226,7 @@ def _draft(model: Model, view: View, tokens: list[int], entropy: list[float], re
 def _running(model: Model, view: View, tokens: list[int]) -> Float[Tensor, "token token"]:
     """Last layer, mean over heads, among the draft's tokens where they stand behind their prompt."""
     out: list[Tensor] = []
-    _feed(model, view.stream.fork(), view, [view.last, *tokens], hooks=[_last_pattern(model, out)])
+    _feed(view.stream.fork(), view, [view.last, *tokens], hooks=[_last_pattern(model, out)])
     return out[0][:, 1:, -len(tokens) :].mean(0)
 
 
