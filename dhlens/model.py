@@ -28,7 +28,8 @@ from dhlens import hooks as sites
 from dhlens.card import RunCard
 from dhlens.check import check as prove
 from dhlens.devices import placement, refuse_offloaded
-from dhlens.stream import HFStream, Stream, TLStream, layer_window
+from dhlens.hooked_stream import TLStream
+from dhlens.stream import HFStream, Stream, layer_window
 from dhlens.weights import Source, load_tokenizer, resolve
 
 

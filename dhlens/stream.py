@@ -2,8 +2,8 @@
 
 `feed` runs tokens behind what was fed before, on the fused-attention twin (`hooks=None`) or on the hooked model.
 `mark` and `rewind` undo feeding, `fork` branches it; neither copies keys of full-attention layers. Two backends keep
-one behaviour: the Hugging Face cache (bridge and twin) and the TransformerLens cache (HookedTransformer). Columns of a
-sliding-window layer are not positions; `dhlens.hooks.first_key` is the one place that maps them.
+one behaviour: the Hugging Face cache (bridge and twin), here, and that of a HookedTransformer (`hooked_stream`).
+Columns of a sliding-window layer are not positions; `dhlens.hooks.first_key` is the one place that maps them.
 """
 
 import copy
@@ -102,7 +102,7 @@ def _point(hooked: Any, name: str) -> Any:
     return point
 
 
-def _feed_ahead(stream: Stream, tokens: Tensor, keep: int, chunk: int | None) -> Tensor:
+def feed_ahead(stream: Stream, tokens: Tensor, keep: int, chunk: int | None) -> Tensor:
     """Feed all but the last chunk through the hooked model; what is left ends the pass and holds the kept rows."""
     while chunk and tokens.shape[1] > max(chunk, keep):
         n = min(chunk, tokens.shape[1] - keep)
@@ -135,7 +135,7 @@ class HFStream:
         device = self._hooked.original_model.get_input_embeddings().weight.device
         tokens = tokens.to(device)
         if hooks is None and self._twin is None:
-            tokens = _feed_ahead(self, tokens, keep, self._chunk)
+            tokens = feed_ahead(self, tokens, keep, self._chunk)
         extra: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True, "logits_to_keep": keep}
         if positions is not None:
             extra["position_ids"] = positions.to(device)
@@ -192,11 +192,9 @@ class HFStream:
         """A branch that holds these columns alone, ascending; what is fed then needs positions. Full attention only."""
         assert self.reach is None and kept.numel(), "columns are positions in layers of full attention"
         branch = self.fork()
-        if len(kept) < self.length:
-            layers: list[Any] = branch._cache.layers
-            for layer in layers:
-                at = kept.to(layer.keys.device)
-                layer.keys, layer.values = layer.keys.index_select(-2, at), layer.values.index_select(-2, at)
+        layers: list[Any] = branch._cache.layers if len(kept) < self.length else []
+        for layer in layers:
+            layer.keys, layer.values = (x.index_select(-2, kept.to(x.device)) for x in (layer.keys, layer.values))
         branch.length = len(kept)
         return branch
 
@@ -237,69 +235,3 @@ def _restore(saved: Any, layer: Any, fed: int, keep: int) -> Any:
             out.lazy_initialization(layer.keys, layer.values)
         out.update(layer.keys[..., rows, :], layer.values[..., rows, :])
     return out
-
-
-class TLStream:
-    """A Stream on the TransformerLens cache, for a HookedTransformer. No twin: long feeds go through in chunks."""
-
-    reach: int | None = None
-
-    def __init__(self, hooked: Any) -> None:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        self._hooked = hooked
-        self._cache = TransformerLensKeyValueCache.init_cache(hooked.cfg, hooked.cfg.device)
-        self.length = 0
-
-    @torch.no_grad()
-    def feed(
-        self,
-        tokens: Int[Tensor, "batch new"],
-        *,
-        hooks: Sequence[Hook] | None = None,
-        keep: int = 1,
-        positions: Int[Tensor, "#batch new"] | None = None,
-        mask: LayerMasks | None = None,
-    ) -> Float[Tensor, "batch keep vocab"]:
-        """See `Stream.feed`; `positions` and `mask` are beyond a HookedTransformer.
-
-        Raises:
-            ValueError: positions or a mask were given.
-        """
-        if positions is not None or mask is not None:
-            raise ValueError("a HookedTransformer takes no positions or mask of its own: run these rows one by one")
-        tokens = tokens.to(self._hooked.cfg.device)
-        if hooks is None:
-            tokens = _feed_ahead(self, tokens, keep, CHUNK)
-        with attached(self._hooked, hooks or ()):
-            logits = self._hooked(tokens, past_kv_cache=self._cache, attention_mask=torch.ones_like(tokens))
-        self.length += tokens.shape[1]
-        return logits[:, -keep:]
-
-    def mark(self) -> Mark:
-        """See `Stream.mark`."""
-        return Mark(self.length, ())
-
-    def rewind(self, mark: Mark, keep: int = 0) -> None:
-        """See `Stream.rewind`."""
-        self.length = mark.length + keep
-        for entry in self._cache.entries:
-            entry.past_keys = entry.past_keys[:, : self.length]
-            entry.past_values = entry.past_values[:, : self.length]
-        self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, : self.length]
-
-    def fork(self, lanes: int = 1) -> "TLStream":
-        """See `Stream.fork`."""
-        branch = copy.copy(self)
-        branch._cache = copy.copy(self._cache)
-        branch._cache.entries = [copy.copy(entry) for entry in self._cache.entries]
-        if lanes > 1:
-            branch.select([0] * lanes)
-        return branch
-
-    def select(self, lanes: Sequence[int]) -> None:
-        """See `Stream.select`."""
-        kept = list(lanes)
-        for entry in self._cache.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
-        self._cache.previous_attention_mask = self._cache.previous_attention_mask[kept]

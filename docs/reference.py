@@ -23,8 +23,8 @@ TOPICS = (
         "engine",
         "Models and the engine",
         "Load a model, let it answer, and read every step. Everything else is computed from the trace.",
-        "model weights devices check card plan skeleton limits cache hooks reads episode engine prefix stream masks "
-        "drafts record trace pack store observation executor",
+        "model weights devices check card plan skeleton limits cache hooks reads episode engine prefix stream "
+        "hooked_stream masks drafts record trace pack store observation executor",
     ),
     Topic(
         "scores",

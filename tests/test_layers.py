@@ -27,7 +27,7 @@ LAYERS = (
     | {"coactivation", "crowds", "bindings", "findings", "ties"}
     | {"graphs", "verdicts", "signals", "monitor", "carryover"},
     {"reads", "edits", "policies", "controls", "predicted", "choosers"},
-    {"weights", "model", "stream", "masks", "check", "drafts", "devices", "skeleton"},
+    {"weights", "model", "stream", "hooked_stream", "masks", "check", "drafts", "devices", "skeleton"},
     {
         "engine",
         "plan",
@@ -71,7 +71,7 @@ BELOW = {
 }
 """What the folders and the roof may import, beside their own folder; "" is `dhlens/__init__.py`."""
 MODEL_LIBRARIES = {"transformers", "transformer_lens"}
-SEAM = {"model", "weights", "check", "stream", "drafts", "devices", "skeleton"}
+SEAM = {"model", "weights", "check", "stream", "hooked_stream", "drafts", "devices", "skeleton"}
 
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from dhlens.render.rag import answer_points, leak_curves, rag_pictures, selection_curves, timeline
+from dhlens.render.answers import answer_curves, answer_points
+from dhlens.render.rag import leak_curves, rag_pictures, selection_curves, timeline
 
 QUESTION = pd.Series(
     {"question": "Who?", "answer": "Ann", "context": [4, 52], "documents": [[4, 30], [30, 52]], "facts": [[8, 12]]}
@@ -54,6 +55,19 @@ def test_a_curve_for_every_policy_with_its_numbers():
     assert [t.get_text() for t in axes.get_xticklabels()] == ["64", "128", "256"]
 
 
+def test_worth_places_f1_at_its_visible_tokens_and_sets_policies_side_by_side():
+    table = summary().assign(visible=[256.0] * 4 + [0.0, 1000.0, 90.0] * 2)
+    figure = answer_curves(table)
+    for axes, at in zip(figure.axes, (0, 2), strict=True):
+        dotted, *points = axes.lines
+        assert dotted.get_xdata().tolist() == [0, 90, 1000] and set(dotted.get_ydata()) == {0.2}
+        placed = {p.get_label(): (float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points}
+        assert placed["static"][1] == table["f1"][at] and placed["oracle"][1] == table["f1"][at + 1]
+        assert placed["static"][0] < 256 < placed["oracle"][0]
+    with pytest.raises(ValueError, match="need an arm with a trigger"):
+        answer_curves(table.query("trigger == 'never'"))
+
+
 def test_panels_share_one_order_of_policies_and_place_their_own_numbers():
     figure = answer_points(summary())
     first, second = figure.axes
@@ -97,4 +111,4 @@ def test_a_leak_of_nothing_lies_on_the_floor():
 def test_pictures_without_anything_looked_up_leave_the_timeline_out():
     answers = pd.DataFrame([{"retrievals": 0, "f1": 0.1}])
     found = rag_pictures({"selection": selection("static"), "summary": summary(), "answers": answers}, budget=256)
-    assert list(found) == ["What the heads find", "What answers gain"]
+    assert list(found) == ["What the heads find", "What answers gain", "What visible text is worth"]

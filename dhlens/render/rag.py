@@ -1,31 +1,18 @@
-"""Figures of dynamic retrieval: what heads select, what answers gain, how one answer came about, what leaks."""
+"""Figures of dynamic retrieval: what heads select, how one answer came about, what leaks; and all of a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from dhlens.render.answers import CHOOSERS, answer_curves, answer_points
 from dhlens.render.conditions import styles
-from dhlens.render.draw import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, curve, need, one, tick
+from dhlens.render.draw import BLUE, GREEN, GREY, ORANGE, WIDTH, curve, need, one, tick
 
-_KNOWN = (
-    "predicted",
-    "static",
-    "oracle",
-    "all heads",
-    "dynamic random",
-    "fixed random",
-    "random windows",
-    "first tokens",
-    "by step",
-)
 _BANDED = ("predicted", "static", "oracle", "by step")
-REFERENCES = ("none", "full", "gold")
-"""Arms in which no trigger moves: nothing of the context, all of it, the supporting facts."""
 
 
 def selection_curves(selection: pd.DataFrame) -> Figure:
@@ -38,7 +25,7 @@ def selection_curves(selection: pd.DataFrame) -> Figure:
     """
     need(selection, "policy", "visible", "facts")
     figure, axes = one()
-    for name, (color, marker) in styles(selection["policy"], _KNOWN).items():
+    for name, (color, marker) in styles(selection["policy"], CHOOSERS).items():
         rows = selection.loc[selection["policy"] == name].sort_values("visible")
         bounds = ("facts_low", "facts_high") if name in _BANDED else None
         curve(axes, rows, "visible", "facts", label=name, color=color, style=f"{marker}-", bounds=bounds)
@@ -49,35 +36,6 @@ def selection_curves(selection: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.set_figwidth(WIDTH + 1.4)
-    return figure
-
-
-def answer_points(summary: pd.DataFrame) -> Figure:
-    """F1 of each arm with its interval, a panel per trigger and visibility, policies in one order, references last.
-
-    `summary` is that of `dhlens.arms.answer_summary`.
-
-    Raises:
-        ValueError: a column is missing, or there is no arm beside the references.
-    """
-    need(summary, "trigger", "visibility", "policy", "f1", "f1_low", "f1_high", "visible")
-    panels = summary.loc[summary["trigger"] != "never", ["trigger", "visibility"]].drop_duplicates()
-    if panels.empty:
-        raise ValueError("answers need an arm with a trigger, beside the references")
-    steered: pd.Series = summary.loc[summary["trigger"] != "never"].groupby("policy")["f1"].mean()
-    order = [*steered.sort_values(ascending=False).index, *REFERENCES]
-    arms: list[tuple[str, str]] = list(panels.itertuples(index=False, name=None))
-    shown = [_panel(summary, trigger, visibility, order) for trigger, visibility in arms]
-    columns = min(len(shown), 3)
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.1 + 2.3 * columns, lines * (0.7 + 0.24 * max(map(len, shown)))), layout="constrained")
-    grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
-    for axes in grid.flat[len(shown) :]:
-        axes.remove()
-    for i, (axes, rows) in enumerate(zip(grid.flat, shown, strict=False)):
-        _dots(axes, rows, labelled=i % columns == 0)
-        axes.set_title(", ".join(arms[i]), fontsize=9)
-    figure.supxlabel("F1 of the answer (95 % over questions); behind it the visible tokens at a lookup", fontsize=9)
     return figure
 
 
@@ -144,7 +102,7 @@ def recall_curves(summary: pd.DataFrame) -> Figure:
     """
     need(summary, "ranking", "passages", "recall")
     figure, axes = one()
-    for name, (color, marker) in styles(summary["ranking"], (*_KNOWN[:2], "bm25", "query", *_KNOWN[4:6])).items():
+    for name, (color, marker) in styles(summary["ranking"], (*CHOOSERS[:2], "bm25", "query", *CHOOSERS[4:6])).items():
         rows = summary.loc[summary["ranking"] == name].sort_values("passages")
         bounds = ("low", "high") if name in ("bm25", "predicted", "query") else None
         curve(axes, rows, "passages", "recall", label=name, color=color, style=f"{marker}-", bounds=bounds)
@@ -173,6 +131,10 @@ def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str
             "none, full and gold are references: nothing, all and the supporting facts visible throughout.",
         ),
     }
+    found["What visible text is worth"] = (
+        answer_curves(tables["summary"]),
+        "F1 against visible tokens, with 95 % intervals over questions; dotted, the references.",
+    )
     if example := _example(tables):
         question, events, arm = example
         found["One answer"] = (
@@ -187,28 +149,6 @@ def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str
             "have read them; under a mask of every row nothing is left.",
         )
     return found
-
-
-def _panel(summary: pd.DataFrame, trigger: str, visibility: str, order: Sequence[str]) -> pd.DataFrame:
-    """The rows of a panel, one a policy in this order; empty ones where an arm was not run."""
-    seen = "concat" if visibility == "retrieve" else visibility
-    here = (summary["trigger"] == trigger) & (summary["visibility"] == visibility)
-    never = (summary["trigger"] == "never") & (summary["visibility"] == seen)
-    return summary.loc[here | never].set_index("policy").reindex(order).reset_index()
-
-
-def _dots(axes: Axes, rows: pd.DataFrame, *, labelled: bool) -> None:
-    y = -np.arange(len(rows))
-    f1, low, high = (rows[name].to_numpy(dtype=float) for name in ("f1", "f1_low", "f1_high"))
-    colors = [GREY if policy in REFERENCES else BLUE for policy in rows["policy"]]
-    axes.hlines(y, low, high, colors=colors, lw=1.5)
-    axes.scatter(f1, y, c=colors, s=22, zorder=3)
-    for value, at, tokens in zip(high, y, rows["visible"], strict=True):
-        text = "" if np.isnan(tokens) else f"{tokens:,.0f}"
-        axes.annotate(text, (value, at), (3, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
-    axes.set_yticks(y, rows["policy"] if labelled else [""] * len(rows), fontsize=8)
-    axes.margins(x=0.18)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _written(axes: Axes, event: Mapping[str, Any], longest: int, top: float) -> None:
