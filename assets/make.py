@@ -6,13 +6,15 @@ python assets/make.py atlas runs/atlas
 python assets/make.py sweep runs/sweep
 python assets/make.py predict runs/predict
 python assets/make.py rag runs/rag
+python assets/make.py rerank runs/rerank
+python assets/make.py reason runs/hotpot
 python assets/make.py circuit runs/circuit
 """
 
 import sys
 from pathlib import Path
 
-from dhlens.recipes import Ablation, Circuit, Prediction, Rag, Scan
+from dhlens.recipes import Ablation, Circuit, Prediction, Rag, Reasoning, Reranking, Scan
 
 PICTURES = {
     "scan": (Scan, {"raster": "One episode", "long_tail": "The long tail"}),
@@ -20,6 +22,8 @@ PICTURES = {
     "atlas": (Ablation, {"causal": "Every head, every step"}),
     "sweep": (Ablation, {"sweep": "How many heads"}),
     "rag": (Rag, {"selection": "What the heads find"}),
+    "rerank": (Reranking, {"reranking": "Who ranks gold passages first"}),
+    "reason": (Reasoning, {"reasoning": "Where the heads are"}),
     "circuit": (Circuit, {"circuit": "What a circuit is worth"}),
     "predict": (Prediction, {"correlations": "Canonical correlations: the largest"}),
 }

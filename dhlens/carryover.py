@@ -3,6 +3,7 @@
     runs = {name: dh.recipes.Reasoning.load(f"runs/{name}").trace for name in ("hotpot", "contracts", "code")}
     table = carry_over(runs, niah=dh.recipes.Scan.load("runs/walden").trace)
     carry_map(table).savefig("tasks.pdf")            # dhlens.render.carryover
+    dhlens carryover runs/hotpot runs/contracts runs/code --niah runs/walden      # the same from a shell
 
 The first run is the reference: its threshold holds for all, and a probe of reasoning mass is fitted on it. A probe of
 copying heads is fitted on the needles. Cost: seconds a run and a few more for each probe; no model is needed.
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from dhlens.compare import compare
 from dhlens.dynamics import dynamics
@@ -40,7 +42,9 @@ MEASURES = {
 """What is measured, in words."""
 
 
-def carry_over(runs: Mapping[str, Trace], *, niah: Trace, fit_from: float = 0.5, seed: int = 0) -> pd.DataFrame:
+def carry_over(
+    runs: Mapping[str, Trace], *, niah: Trace, fit_from: float = 0.5, seed: int = 0, progress: bool = False
+) -> pd.DataFrame:
     """Reasoning mass, dynamics, static overlap and probe transfer of each task.
 
     Args:
@@ -49,6 +53,7 @@ def carry_over(runs: Mapping[str, Trace], *, niah: Trace, fit_from: float = 0.5,
         niah: an observed needle scan of this model, with the same site.
         fit_from: share of each run's groups that static heads and the reference's threshold are fitted on.
         seed: of splits, probes, nulls and bootstrap.
+        progress: show a bar.
 
     Returns:
         task, measure (of `MEASURES`), value, low, high (95 % over groups), chance, n. Chance is, of masses, even
@@ -68,7 +73,7 @@ def carry_over(runs: Mapping[str, Trace], *, niah: Trace, fit_from: float = 0.5,
     first, _ = reference.split(fit_from, seed=seed)
     tau = calibrated(reasoning_mass(first), needle_size(niah, niah.shape))
     rows = []
-    for name, trace in runs.items():
+    for name, trace in tqdm(runs.items(), desc="carry over", unit="task", disable=not progress):
         found = [*_own(trace, tau, fit_from, seed), *_alike(trace, niah, reference, seed)]
         found += _forecast(trace, niah.answered(), reference, tau, seed)
         rows += [{"task": name, **row} for row in found]

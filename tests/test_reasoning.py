@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import dhlens as dh
 from dhlens.card import RunCard
-from dhlens.carryover import carry_over
+from dhlens.carryover import MEASURES, carry_over
 from dhlens.cli import app, main
 from dhlens.contrasts import contrasts, summary
 from dhlens.controls import static_ranking
@@ -34,7 +35,7 @@ from dhlens.recipes import Reasoning, ablate, reason
 from dhlens.render.carryover import carry_map
 from dhlens.render.reasoning import mass_raster, score_maps
 from dhlens.scores import reasoning_mass
-from dhlens.tables import depth, marks
+from dhlens.tables import depth, marks, spread
 
 SHORT = Observation(max_new_tokens=5, draft=False, capture=dh.Capture(sink=2, local=4, focus=()))
 
@@ -458,6 +459,25 @@ def test_the_table_of_tasks_holds_what_its_functions_say(carried):
     assert ("reference", "as_reference") not in at.index
     limits = table.dropna(subset="low")
     assert (limits["low"] <= limits["high"]).all() and len(carry_map(table).axes) == table["measure"].nunique()
+
+
+def test_the_table_of_tasks_from_a_shell(carried, tmp_path, monkeypatch):
+    runs, niah, table = carried
+    monkeypatch.setattr(
+        dh.recipes.Reasoning, "load", classmethod(lambda cls, run: SimpleNamespace(trace=runs[run.name]))
+    )
+    monkeypatch.setattr("dhlens.cli.options.needle_trace", lambda folder: niah)
+    asked, out = ["carryover", *runs, "--niah", "needles"], str(tmp_path / "tasks")
+    shown = CliRunner().invoke(app, [*asked, "--out", out, "--quiet"], catch_exceptions=False).stdout
+    cell = spread(table, "measure", "task").loc["mass", "other"]
+    assert cell in shown and MEASURES["mass"] in shown and "by chance" in shown
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tasks" / "carryover.csv"), table, check_exact=False)
+    assert cell in (tmp_path / "tasks" / "report.html").read_text()
+    for wrong, message in (([], "exists"), (["--fit-from", "1"], "between 0 and 1")):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(app, [*asked, *(wrong or ["--out", out])], catch_exceptions=False)
+    with pytest.raises(ValueError, match="differ in their last name"):
+        CliRunner().invoke(app, [*asked, "elsewhere/alike"], catch_exceptions=False)
 
 
 def test_a_table_of_tasks_refuses(carried):

@@ -1,12 +1,14 @@
 """The command line: `scan`, `ablate`, `predict`, `rag`, `rerank` and `circuit` run experiments, `show` prints them.
 
-`dhlens compare` sets published heads side by side, `dhlens plan` tells what a model takes before it is downloaded.
+`dhlens compare` sets published heads side by side, `dhlens carryover` finished scans of several tasks; `dhlens plan`
+tells what a model takes before it is downloaded.
 """
 
 import sys
 
 import typer
 
+from dhlens.cli.carryover import carryover
 from dhlens.cli.circuit import circuit
 from dhlens.cli.compare import compare
 from dhlens.cli.experiments import ablate, scan
@@ -19,7 +21,7 @@ from dhlens.cli.show import show
 app = typer.Typer(
     help="Find, change, predict and show dynamic retrieval heads.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-for command in (scan, ablate, predict, rag, rerank, circuit, show, compare, plan):
+for command in (scan, ablate, predict, rag, rerank, circuit, show, compare, carryover, plan):
     app.command()(command)
 
 
