@@ -38,7 +38,8 @@ class TestForm:
     def test_it_was_executed_whole_in_order_and_without_errors(self, path):
         code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
-        assert not any(o["output_type"] == "error" for c in code for o in c["outputs"])
+        outputs = [o for c in code for o in c["outputs"]]
+        assert not any(o["output_type"] == "error" or o.get("name") == "stderr" for o in outputs)
 
     def test_it_is_light_and_every_live_view_has_a_picture_beside_it(self, path):
         stills, live = pictures(path)
