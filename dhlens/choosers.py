@@ -5,7 +5,8 @@
 
 Each names k heads by Eq. 2, the attention on supporting facts: foreseen from the hidden state (`predicted`), largest on
 the fitted questions (`static`) or at the same step of these (`by step`), drawn anew at every lookup (`dynamic random`)
-or once (`fixed random`), and truly largest at this very step (`oracle`), which knows the facts and is a bound.
+or once (`fixed random`), and truly largest at this very step (`oracle`), which knows the facts. Even that is no strict
+bound: Eq. 2 is a share, and windows open where the heads look most.
 `all heads` is no choice at all.
 
 `by step` is the judge of `predicted`: a list for the first token of an answer, one for the second, and so on, is

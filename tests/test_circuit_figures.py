@@ -60,7 +60,8 @@ def test_the_graph_of_a_step_shows_each_edge_by_width_and_sign():
     # the shared values of L0KV0 are read by L0H1, those of L1KV0 by L1H0 and L1H1
     assert len(axes.patches) - len(scored) == 3
     assert axes.get_title(loc="left") == "$step_1"
-    assert key(axes)[-1] == "dynamic head (1 of 2 is not in this picture)"
+    assert key(axes)[4:] == ["head", "key or value group", "MLP, embedding, logits"]
+    assert key(axes)[3] == "dynamic head (1 of 2 is not in this picture)"
     names = [t.get_text() for t in axes.get_yticklabels()]
     assert names == ["embedding", "L0", "L1", "L2 mlp", "logits"]
     with pytest.raises(ValueError, match="leads to the logits, got none"):
@@ -77,8 +78,8 @@ def test_the_graph_of_a_step_shows_each_edge_by_width_and_sign():
     ],
 )
 def test_the_key_counts_dynamic_heads_that_are_not_shown(heads, said):
-    assert key(drawn(layered(graph(), HeadSet(heads, (3, 4)))))[-1] == said
-    assert key(drawn(layered(graph())))[-1] == "dynamic head"
+    assert key(drawn(layered(graph(), HeadSet(heads, (3, 4)))))[3] == said
+    assert key(drawn(layered(graph())))[3] == "dynamic head"
 
 
 def test_nodes_stand_apart_on_their_levels_and_keep_their_places():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import dhlens.render.figures
+
 PACKAGE = Path(__file__).parents[1] / "dhlens"
 
 LAYERS = (
@@ -179,3 +181,12 @@ def test_a_module_says_what_it_is_and_stays_short(module):
     text = MODULES[module].read_text()
     assert ast.get_docstring(ast.parse(text)), "the module docstring is the door"
     assert text.count("\n") <= 300
+
+
+def test_every_figure_has_its_name_in_render_figures():
+    found = set()
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body if module.startswith("render/") else ():
+            if isinstance(node, ast.FunctionDef) and node.returns is not None and not node.name.startswith("_"):
+                found |= {node.name} if ast.unparse(node.returns) == "Figure" else set()
+    assert found == set(dhlens.render.figures.__all__)

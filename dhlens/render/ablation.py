@@ -59,10 +59,10 @@ def effect_dots(summary: pd.DataFrame) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(dots), sharey=True)
     for axes, measure in zip(panels, dots, strict=True):
+        axes.set_xlabel(_NAMES[measure], fontsize=9)
         _dots(axes, table.dropna(subset=[measure]), measure, looks)
         for row in range(1, len(policies), 2):
             axes.axhspan(row - 0.5, row + 0.5, color="#F1F2F4", zorder=0)
-        axes.set_xlabel(_NAMES[measure], fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
     panels[0].set_yticks(range(len(policies)), policies)
     panels[0].set_ylim(len(policies) - 0.5, -0.5)
@@ -178,9 +178,12 @@ def _kl_axis(axes: Axes, values: np.ndarray) -> None:
         return
     first, last = (int(np.floor(np.log10(x))) for x in (positive.min(), positive.max()))
     axes.set_xscale("symlog", linthresh=10.0**first, linscale=0.5)
-    ticks = [0.0, *(10.0**n for n in range(last, first, -max(1, -(-(last - first) // 2))))]
+    decades = [10.0**n for n in range(last, first, -max(1, -(-(last - first) // 2)))]
+    # differences between strong effects are what is argued from: a tick within their decade
+    ticks = [0.0, *reversed(decades), *(x for x in (3 * decades[0],) if x < 1.1 * positive.max())]
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.minorticks_off()
+    axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
 
 
 def _dot_legend(table: pd.DataFrame, looks: dict[str, tuple[str, str]]) -> list[Line2D]:

@@ -153,9 +153,14 @@ def _key(axes: Axes, n_levels: int, *, absent: int, dynamic: int) -> None:
     missing = f" ({absent} of {dynamic} {'is' if absent == 1 else 'are'} not in this picture)" if absent else ""
     names = ["helps the answer", "works against it", "read by", f"dynamic head{missing}"]
     ring = Line2D([], [], marker="o", color="none", markerfacecolor="#FFF2B3", markeredgecolor=INK, markeredgewidth=2)
+    shapes = {"head": "head", "k": "key or value group", "mlp": "MLP, embedding, logits"}
+    marks = [
+        Line2D([], [], marker=_SHAPES[kind], color="none", markerfacecolor="white", markeredgecolor=INK)
+        for kind in shapes
+    ]
     axes.legend(
-        [*lines, ring], names, loc="upper left", bbox_to_anchor=(0, -0.5 / n_levels - 0.02),
-        ncols=4, frameon=False, fontsize=8,
+        [*lines, ring, *marks], [*names, *shapes.values()], loc="upper left",
+        bbox_to_anchor=(0, -0.5 / n_levels - 0.02), ncols=4, frameon=False, fontsize=8,
     )  # fmt: skip
 
 

@@ -16,9 +16,10 @@ _BANDED = ("predicted", "static", "oracle", "by step")
 
 
 def selection_curves(selection: pd.DataFrame) -> Figure:
-    """Share of the supporting facts shown whole against the number of visible tokens, a curve per policy with its band.
+    """Share of the supporting facts shown whole against the number of visible tokens, a curve per policy.
 
-    `selection` has policy, visible (tokens), facts, facts_low and facts_high.
+    `selection` has policy, visible (tokens), facts, facts_low and facts_high; ticks are its budgets, where it has them.
+    The fitted policies and the oracle have a band.
 
     Raises:
         ValueError: a column is missing.
@@ -30,7 +31,7 @@ def selection_curves(selection: pd.DataFrame) -> Figure:
         bounds = ("facts_low", "facts_high") if name in _BANDED else None
         curve(axes, rows, "visible", "facts", label=name, color=color, style=f"{marker}-", bounds=bounds)
     axes.set_xscale("log", base=2)
-    ticks = sorted({round(v) for v in selection["visible"]})
+    ticks = sorted({round(v) for v in selection["budget" if "budget" in selection else "visible"]})
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.set(xlabel="visible tokens of the context", ylabel="supporting facts shown whole", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dhlens.compare import Comparison, tops
 from dhlens.heads import HeadSet, head_name
-from dhlens.render.draw import BLUE, GREY, ORANGE, WIDTH, curve, need, one, whole_ticks
+from dhlens.render.draw import BLUE, GREY, INK, ORANGE, WIDTH, curve, need, one, whole_ticks
 from dhlens.render.grids import answer_grids
 from dhlens.render.overlap import overlap_map
 from dhlens.scores import Score
@@ -87,11 +87,14 @@ def score_maps(heads: pd.DataFrame, *, k: int = 20) -> Figure:
         image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=min(0.0, grid.min()))
         best = tops(grid.ravel(), min(k, grid.size)).reshape(grid.shape)
         layer, head = best.nonzero()
-        axes.scatter(head, layer, s=14, facecolors="none", edgecolors=ORANGE, linewidths=0.9)
-        figure.colorbar(image, ax=axes, location="top", shrink=0.9).ax.tick_params(labelsize=7)
-        axes.set_xlabel(f"head\n{_SCORES[name]}", fontsize=8)
+        axes.scatter(head, layer, s=16, facecolors="white", edgecolors=INK, linewidths=0.9)
+        bar = figure.colorbar(image, ax=axes, location="top", shrink=0.9)
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label(_SCORES[name], fontsize=8)
+        axes.set_xlabel("head", fontsize=8)
         whole_ticks(axes)
     figure.axes[0].set_ylabel("layer")
+    figure.supxlabel(f"circles: the {k} heads of largest score", fontsize=8)
     return figure
 
 
