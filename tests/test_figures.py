@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import numpy as np
 import pandas as pd
@@ -98,11 +99,29 @@ def test_raster_takes_a_threshold_for_scores_that_are_not_yes_or_no():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"episode": 1}, "episode must lie within 0..0, got 1"), ({"tokens": ["a"]}, "tokens must name the 5 steps")],
+    [
+        ({"episode": 1}, "episode must lie within 0..0, got 1"),
+        ({"tokens": ["a"]}, "tokens must name the 5 steps"),
+        ({"static": HeadSet([], (9, 9))}, r"static must come from \(3, 4\) \(layers, heads\), got \(9, 9\)"),
+        ({"max_heads": 0}, "max_heads must be at least 1, got 0"),
+    ],
 )
 def test_raster_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         figures.raster(toy_score(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": toy_score().trace}, "score must be a Score, got Trace"),
+        ({"static": [(1, 2)]}, "static must be a HeadSet, got list"),
+        ({"tokens": "abcde"}, "tokens must be a sequence of texts, got str"),
+    ],
+)
+def test_raster_names_what_is_something_else(options, message):
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(figures.raster)(**({"score": toy_score()} | options))
 
 
 def test_raster_refuses_a_score_without_steps():
@@ -117,6 +136,20 @@ def test_head_map_places_rates_by_layer_and_head_and_leaves_the_silent_empty():
     assert grid.shape == SHAPE and grid[2, 1] == 0.5 and grid[0, 3] == 0.01 and grid.mask.sum() == 10
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer") and "steps" in bar.get_ylabel()
     assert overlaps(figure) == []
+
+
+def test_shares_below_one_per_cent_are_not_called_none():
+    table = heads_table({(2, 1): 0.5, (0, 3): 0.0004})
+    bar, tail = figures.head_map(table).axes[1].yaxis, figures.long_tail(table).axes[0].yaxis
+    for axis in (bar, tail):
+        assert [axis.get_major_formatter()(x, None) for x in (1.0, 0.1, 0.01, 0.001)] == ["100%", "10%", "1%", "0.1%"]
+
+
+@pytest.mark.parametrize("draw", ["head_map", "static_curve"])
+def test_tables_without_a_row_are_refused(draw):
+    columns = "layer head rate k jaccard_static jaccard_max jaccard_over_max coverage".split()
+    with pytest.raises(ValueError, match="got none"):
+        getattr(figures, draw)(pd.DataFrame({name: [] for name in columns}))
 
 
 def test_head_map_of_a_model_where_nothing_fires_is_drawn():
@@ -241,3 +274,4 @@ def test_figures_leave_no_state_behind():
 
 def test_drawable_keeps_what_the_font_has():
     assert drawable(" naïve\t") == "naïve⇥" and drawable("a\nb") == "a↵b" and drawable("🦉") == "U+1F989"
+    assert [drawable(t) for t in ("", " ", "\r", "\u202ea\x00")] == ["∅", "␣", "␣", "U+202EaU+0000"]

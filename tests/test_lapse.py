@@ -1,5 +1,6 @@
 """The time-lapse page: its data are the graphs, hostile texts stay texts, and in a browser its keys and taps work."""
 
+import inspect
 import json
 import re
 
@@ -98,6 +99,20 @@ def test_films_are_of_the_answers_that_have_graphs():
 def test_what_is_no_film_is_refused(some, message):
     with pytest.raises(ValueError, match=message):
         lapse("toy", some)
+
+
+@pytest.mark.parametrize(
+    ("some", "message"),
+    [(film(), "films must be a sequence, got Film"), ([graph()], "each of films must be a Film, got Graph")],
+)
+def test_what_is_something_else_is_named(some, message):
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(lapse)("toy", some)
+
+
+def test_a_notebook_shows_the_page_in_a_frame_without_rights():
+    shown = lapse("toy", [film()])._repr_html_()
+    assert shown.startswith('<iframe sandbox="allow-scripts" srcdoc=') and shown.count("<") == 2
 
 
 def now(tab):

@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from dhlens.cli import app
 from dhlens.episode import Episode, Outcome, Span
 from dhlens.heads import HeadSet
 from dhlens.render.player import Player, player
+from dhlens.render.report import inert_json
 from dhlens.scores import Score, copy_paste, reasoning_mass
 from dhlens.trace import Trace
 
@@ -77,7 +79,7 @@ def test_what_is_packed_can_be_read_again():
     np.testing.assert_allclose(opened(side["mass"], *shape) / 65535, trace.mass[:, 0], atol=1e-5)
     np.testing.assert_array_equal(opened(side["score"], *shape) / 65535, score.values)
     np.testing.assert_array_equal(opened(side["flags"], *shape), score.heads())
-    np.testing.assert_allclose(side["logprob"], trace.logprob, atol=1e-4)
+    np.testing.assert_allclose(side["p"], trace.logprob.exp(), atol=1e-5)
 
 
 def test_scores_of_any_range_come_back():
@@ -193,12 +195,90 @@ def test_scores_of_ones_own_kind_come_in_pairs():
             r"a value for each row of the trace, \(5, 3, 4\); got \(4",
         ),
         ({"score": toy_score(start=21)}, "of another trace"),
+        ({"threshold": float("nan")}, "threshold must be a number, got NaN"),
+        ({"labels": ("a", "b")}, "two sides, trace and compare, got 2 of them without compare"),
+        *(
+            ({"sets": {"own": STATIC, name: STATIC}}, f"set '{name}' must have a name of its own")
+            for name in ("dynamic", "masked", "all", "dynamic, not own")
+        ),
         ({"compare": Score("samples", torch.zeros(5, 3, 4), True, "file")}, "must have a trace, got one without steps"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         player(toy_trace(), Texts(), **options)
+
+
+UNCHECKED = inspect.unwrap(player)  # without the test run's own checks of types
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trace": toy_score()}, "trace must be a Trace, got Score"),
+        ({"trace": Texts(), "tokenizer": toy_trace()}, "trace must be a Trace, got Texts"),
+        ({"tokenizer": None}, "tokenizer must decode tokens, as model.tokenizer does, got NoneType"),
+        ({"tokenizer": "gpt2"}, "tokenizer must decode tokens, as model.tokenizer does, got str"),
+        ({"sets": {"s": [(1, 2)]}}, "set 's' must be a HeadSet, got list"),
+        ({"sets": STATIC}, "sets must be a mapping, got HeadSet"),
+        ({"score": torch.zeros(5, 3, 4)}, "score must be a Score, got Tensor"),
+        ({"compare": "x"}, "compare must be a Trace or a Score, got str"),
+        ({"labels": "ab"}, "labels must be a sequence of texts, got str"),
+        ({"episode": "toy"}, "episode must be a whole number, got str"),
+        ({"threshold": None}, "threshold must be a number, got None"),
+    ],
+)
+def test_what_is_something_else_is_named(options, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        UNCHECKED(**({"trace": toy_trace(), "tokenizer": Texts()} | options))
+
+
+def test_labels_are_two():
+    with pytest.raises(ValueError, match="got 1 of them with compare"):
+        UNCHECKED(toy_trace(), Texts(), compare=toy_trace(), labels=("a",))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_is_refused_with_its_place(value):
+    trace = toy_trace()
+    values = torch.zeros(5, LAYERS, HEADS)
+    values[3, 1, 2] = value
+    found = str(value).replace("nan", "NaN")
+    mine = Score("mine", values, False, "mine", trace)
+    with pytest.raises(ValueError, match=f"^score 'mine' must be finite, got {found} at step 3, L1H2$"):
+        player(trace, Texts(), score=mine)
+    calm = dataclasses.replace(mine, values=torch.zeros_like(values))
+    with pytest.raises(ValueError, match="at step 3, L1H2"):
+        player(trace, Texts(), score=calm, compare=mine)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("logprob", (2,), float("nan"), "logprob must be finite, got NaN at step 2$"),
+        ("logprob", (2,), float("inf"), "logprob must be finite, got inf at step 2$"),
+        ("entropy", (1,), -float("inf"), "entropy must be finite, got -inf at step 1$"),
+        ("peak_weight", (4, 2, 3, 1), float("nan"), "peak_weight must be finite, got NaN at step 4, L2H3$"),
+        ("mass", (0, 0, 2, 1), float("inf"), "mass must be finite, got inf at step 0, L2H1$"),
+    ],
+)
+def test_a_trace_that_is_not_finite_is_refused_with_its_place(name, place, value, message):
+    trace = toy_trace()
+    values = getattr(trace, name).clone()
+    values[place] = value
+    with pytest.raises(ValueError, match=message):
+        player(dataclasses.replace(trace, **{name: values}), Texts())
+
+
+def test_a_token_that_could_not_come_has_probability_0():
+    trace = toy_trace()
+    logprob = torch.tensor([0, -float("inf"), 0, 0, 0])
+    assert packed(player(dataclasses.replace(trace, logprob=logprob), Texts()))["sides"][0]["p"] == [1, 0, 1, 1, 1]
+
+
+def test_what_no_page_can_read_is_never_written():
+    with pytest.raises(ValueError, match="JSON"):
+        inert_json({"p": [float("nan")]})
 
 
 def test_an_episode_without_anything_to_score_needs_a_score():

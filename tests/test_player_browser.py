@@ -3,6 +3,7 @@
 DHLENS_REQUIRE_BROWSER "1": fail, instead of skip, where they are missing
 """
 
+import dataclasses
 import os
 import shutil
 
@@ -246,6 +247,43 @@ def test_two_traces_stand_side_by_side(show):
     assert "masked" in masked.get_attribute("aria-label") and shaded(tab, 1) == ["word20"]
     press(tab, "End")
     assert "this side has come to its end" in tab.inner_text("#ranking") and ranked(tab, 1) == []
+
+
+def test_a_pinned_head_stays_in_the_list_wherever_it_ranks(show):
+    tab = show(player(big_trace(200, 6), WORDS))
+    tab.locator("#filter input").last.check()
+    first = ranked(tab)
+    assert len(first) == 14
+    tab.click("#ranking button >> nth=0")
+    places = set()
+    for _ in range(6):
+        names = ranked(tab)
+        assert names.count(first[0]) == 1 and len(set(names)) == 14
+        assert tab.locator("#ranking [aria-pressed=true] .name").inner_text() == first[0]
+        below = f"{first[0]} is number" in tab.inner_text("#ranking")
+        assert not below or names[-1] == first[0]
+        places.add(below)
+        press(tab, "ArrowRight")
+    assert places == {True, False}
+
+
+def test_one_of_a_kind_is_no_plural_and_an_empty_token_is_seen(show):
+    trace = big_trace(1, 1, 1, 1, k=1)
+    tab = show(player(trace, Texts({int(trace.next_token[0]): ""})))
+    assert tab.inner_text("#facts") == "1 token of prompt · 1 step · 1 layer × 1 head · answered"
+    assert tab.inner_text("#said .text") == "∅" and "‘∅’" in tab.text_content("#now")
+    assert "1 head (dynamic)" in tab.inner_text("#whose")
+    tab.click("#ranking button >> nth=0")
+    tab.mouse.move(5, 5)
+    frame(tab)
+    assert tab.inner_text("#whose") == "L0H0: its strongest key; active at 1 of 1 step"
+
+
+def test_a_token_that_could_not_come_and_an_unseen_mark(show):
+    trace = dataclasses.replace(toy_trace(), logprob=torch.full((5,), -float("inf")))
+    tab = show(player(trace, Texts({1020: "\u00ad", 1021: "a\u200db"})))
+    assert "p .000," in tab.text_content("#now") and tab.inner_text("#said .tok >> nth=0") == "U+00AD"
+    assert tab.text_content("#said .tok >> nth=1") == "a\u200db"
 
 
 def test_order_and_zoom_draw_another_picture(show):

@@ -1,4 +1,5 @@
 import base64
+import inspect
 import re
 
 import numpy as np
@@ -74,7 +75,11 @@ def test_the_same_figure_gives_the_same_page():
         (np.int64(7), "7"),
         (3.2e-6, "3.2e-06"),
         (8.1234567e9 + 0.5, "8.12e+09"),
-        (0.0, "0.0000"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (65.0, "65"),
+        (270.0, "270"),
+        (np.float32(1.0), "1"),
         (float("nan"), "\u2014"),
         (None, "\u2014"),
         (True, "True"),
@@ -144,6 +149,22 @@ def test_save_refuses_a_file_that_is_there(tmp_path):
 def test_a_notebook_shows_the_page_in_a_frame_of_its_own():
     shown = report(EVIL)._repr_html_()
     assert shown.startswith("<iframe srcdoc=") and shown.count("<") == 2 and "<script" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"figures": {"x": "str"}}, "figure 'x' must be a Figure, got str"),
+        ({"figures": {"x": (small(), 3)}}, "the caption of figure 'x' must be a str, got int"),
+        ({"figures": [small()]}, "figures must be a mapping, got list"),
+        ({"tables": {"x": [1]}}, "table 'x' must be a DataFrame, got list"),
+        ({"notes": "one note"}, "notes must be a sequence of texts, got str"),
+        ({"card": {}}, "card must be a RunCard, got dict"),
+    ],
+)
+def test_what_is_something_else_is_named(options, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        inspect.unwrap(report)("t", **options)
 
 
 def test_a_limit_without_rows_is_refused():

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import re
 
@@ -146,6 +147,44 @@ def test_emitted_tokens_in_labels_are_harmless_too():
     assert view.body.count("</script") == 1 and props(view)["labels"][1] == "0:<\u2060/script>"
 
 
+UNCHECKED = inspect.unwrap(attention_to_tokens)  # without the test run's own checks of types
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"by": "layer"}, ValueError, "by must be 'step' or 'head', got 'layer'"),
+        ({"measure": "sum"}, ValueError, "measure must be 'count' or 'weight', got 'sum'"),
+        ({"heads": toy_score().values}, ValueError, r"shape \(5, 3, 4\), got torch.float32 of \(5, 3, 4\)"),
+        ({"heads": [(1, 2)]}, TypeError, "heads must be a HeadSet, got list"),
+        ({"texts": list(range(65))}, TypeError, "texts must hold texts only, got int at place 0"),
+        ({"texts": "a" * 65}, TypeError, "texts must be a sequence of texts, got str"),
+        ({"trace": toy_score()}, TypeError, "trace must be a Trace, got Score"),
+    ],
+)
+def test_what_is_something_else_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        UNCHECKED(**({"trace": toy_trace(), "texts": names(65), "heads": ALL} | options))
+
+
+def test_patterns_take_a_head_set():
+    with pytest.raises(TypeError, match="heads must be a HeadSet, got list"):
+        inspect.unwrap(attention_patterns)(toy_trace(rows=True), names(65), [(1, 2)])
+
+
+def test_what_cannot_be_seen_is_shown_by_its_code():
+    texts = ["\u202eabc", "\x1b[31m", "\u2066", "\ud800", "", "a\u200db", *names(59)]
+    texts[60] = ""
+    view = attention_to_tokens(toy_trace(), texts, toy_score().heads())
+    assert props(view)["tokens"][:6] == ["U+202Eabc", "U+001B[31m", "U+2066", "U+D800", "∅", "a\u200db"]
+    assert props(view)["labels"][1] == "0:∅"
+
+
+def test_the_note_says_what_the_bounds_are():
+    note = attention_to_tokens(toy_trace(), names(65), toy_score().heads()).note
+    assert "Positive Bound and Negative Bound are the ends of the colour scale" in note
+
+
 def test_line_breaks_are_shown():
     assert circuitsvis_safe("a\r\nb") == "a␍↵\nb"
 
@@ -192,7 +231,7 @@ def test_patterns_need_captured_rows():
     [
         ({"episode": 3}, "episode must lie within 0..0, got 3"),
         ({"texts": names(64)}, "texts must name the 65 tokens of prompt and answer, got 64"),
-        ({"heads": HeadSet([], (3, 5))}, r"heads must come from a model of \(3, 4\)"),
+        ({"heads": HeadSet([], (3, 5))}, r"heads must come from \(3, 4\) \(layers, heads\), got \(3, 5\)"),
         ({"heads": torch.zeros(2, 3, 4, dtype=torch.bool)}, r"heads must be Bool\[n layer head\] of shape \(5, 3, 4\)"),
         ({"span": "fact_9"}, "has no span 'fact_9'; it has: needle"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),

@@ -1,5 +1,8 @@
 """What the figures share: colours, a curve with its band, the check of columns, text that the font can draw."""
 
+from collections.abc import Container
+from unicodedata import category
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,14 +13,28 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F94", "#22262A"
 """Okabe and Ito's blue, vermilion and green, and two neutrals."""
 WIDTH = 5.2
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Controls, bidi and other format marks, lone surrogates and separators."""
+_KEPT = "\n\r\t\u200c\u200d"
+
+
+def coded(text: str, known: Container[int] | None = None) -> str:
+    """`text` with what cannot be seen, or is not `known` to a font, as its code, `U+202E`; `∅` where there is no text.
+
+    Line ends and tabs stay, and the joiners that emoji and Persian words are written with.
+    """
+
+    def shows(c: str) -> bool:
+        return (c in _KEPT or category(c) not in _UNSEEN) and (known is None or ord(c) in known)
+
+    return "".join(c if shows(c) else f"U+{ord(c):04X}" for c in text) or "∅"
 
 
 def drawable(text: str) -> str:
     """`text` with white space made visible and each character that matplotlib's font lacks as its code, `U+4F60`."""
-    known = get_font(findfont(FontProperties())).get_charmap()
-    visible = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "")
-    visible = "␣" if visible.isspace() else visible.strip()
-    return "".join(c if ord(c) in known and c.isprintable() else f"U+{ord(c):04X}" for c in visible)
+    visible = text.replace("\n", "↵").replace("\t", "⇥")
+    visible = "␣" if visible.isspace() else visible.replace("\r", "").strip()
+    return coded(visible, get_font(findfont(FontProperties())).get_charmap())
 
 
 def tick(text: str, most: int = 12) -> str:

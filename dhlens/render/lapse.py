@@ -7,8 +7,6 @@ network: data as JSON that no markup can leave, drawn as SVG by its own script. 
 for 40 steps of 200 edges. For one picture of one step use `dhlens.render.layered`.
 """
 
-import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,8 +17,9 @@ import pandas as pd
 
 from dhlens.graphs import Graph
 from dhlens.heads import HeadSet, head_name
+from dhlens.render.check import expect
 from dhlens.render.layered import bend, layout
-from dhlens.render.report import Page, page
+from dhlens.render.report import Live, inert_json, page
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +36,10 @@ class Film:
     """The dynamic heads by step; steps may be left out. The page says how many of a step's are not in its graph."""
 
 
-class Lapse(Page):
+class Lapse(Live):
     """A page to step through."""
 
-    def _repr_html_(self) -> str:
-        """The page in a frame of its own, which can reach neither the notebook nor the network."""
-        style = "width:100%;height:960px;border:0"
-        return f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(self.html)}" style="{style}"></iframe>'
+    _height = "960px"
 
 
 def films(
@@ -67,19 +63,20 @@ def lapse(title: str, films: Sequence[Film]) -> Lapse:
 
     Raises:
         ValueError: no film, a film without graphs, or a graph of a step that was not said or stands there twice.
+        TypeError: `films` is one film, or holds something else.
     """
+    expect(Sequence, films=films)
     if not films:
         raise ValueError("a time-lapse needs the graphs of at least one answer, got none")
     for film in films:
+        expect(Film, **{"each of films": film})
         steps = [graph.step for graph in film.graphs]
         if not steps or len(set(steps)) < len(steps) or not all(0 <= s < len(film.pieces) for s in steps):
             raise ValueError(
                 f"film {film.name!r} must have graphs of different steps within the {len(film.pieces)} that were said, "
                 f"got {sorted(steps) or 'none'}"
             )
-    # ensure_ascii leaves no line separator or lone surrogate; without < and & no tag or entity can begin
-    data = json.dumps([_packed(film) for film in films], ensure_ascii=True, separators=(",", ":"))
-    data = data.replace("<", "\\u003c").replace("&", "\\u0026")
+    data = inert_json([_packed(film) for film in films])
     folder = files("dhlens.render")
     body = Template(folder.joinpath("lapse.html").read_text(encoding="utf-8"))
     script = folder.joinpath("lapse.js").read_text(encoding="utf-8")

@@ -73,7 +73,7 @@
     if (count[head]) everActive.add(head);
     if (sides.some((side) => some(side, head, model.masked))) everMasked.add(head);
   }
-  const filters = [
+  const filters = [ // player.py refuses sets of these names
     { name: "dynamic", keeps: (head) => everActive.has(head) },
     ...sets.map(({ name, heads }) => ({ name, keeps: (head) => heads.has(head) })),
     ...(sets.length
@@ -133,14 +133,15 @@
     node.append(...children);
     return node;
   }
-  /** A text as people can read it: white space as signs, what cannot be seen by its code. */
+  /** A text as people can read it: white space as signs, what cannot be seen by its code, as draw.coded has it. */
   const visible = (text) =>
     text
       .replace(/\n/g, "↵")
       .replace(/\t/g, "⇥")
-      .replace(/[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) =>
-        `U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+      .replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu, (c) =>
+        `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`) || "∅";
   const quoted = (text) => `‘${visible(text)}’`;
+  const many = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
   const number = (x) => x.toFixed(Math.abs(x) < 0.0995 ? 3 : 2).replace(/^(-?)0/, "$1");
   const token = (text) => element("span", { className: "tok", textContent: visible(text) });
   function icon(kind, masked) {
@@ -171,9 +172,9 @@
   $("title").textContent = data.title;
   const verdict = ({ correct }) => (correct === null ? "" : correct ? "answered" : "not answered");
   $("facts").textContent = [
-    `${P.toLocaleString("en")} tokens of prompt`,
-    `${last + 1} steps`,
-    `${data.layers} layers × ${data.heads} heads`,
+    `${many(P, "token")} of prompt`,
+    many(last + 1, "step"),
+    `${many(data.layers, "layer")} × ${many(data.heads, "head")}`,
     sides.map((side) => (sides.length > 1 ? `${side.label}: ${verdict(side)}` : verdict(side))).join(", "),
   ].filter(Boolean).join(" · ");
 
@@ -313,6 +314,11 @@
     const over = view.step >= side.steps, order = over ? [] : ranked(side, view);
     const active = order.filter((head) => model.active(side, view.step, head)).length;
     note.textContent = over ? "this side has come to its end" : `${active} of ${order.length} active`;
+    const place = order.indexOf(view.pin);
+    if (place >= RANKED) {
+      order[RANKED - 1] = view.pin; // it stays in sight
+      note.textContent += `, ${model.name(view.pin)} is number ${place + 1}`;
+    }
     rows.forEach((row, i) => {
       row.item.hidden = i >= order.length;
       if (row.item.hidden) return;
@@ -335,12 +341,11 @@
 
   function paintControls(view) {
     const slider = $("step"), side = sides.find((one) => view.step < one.steps), word = side.answer[view.step];
-    const sure = Math.exp(side.logprob[view.step]);
     slider.value = view.step;
     slider.setAttribute("aria-valuetext", `step ${view.step} of ${last}, ${quoted(word)}`);
     $("now").replaceChildren(
       element("i", { textContent: "step " }), `${view.step} / ${last}  `, element("b", { textContent: quoted(word) }),
-      element("span", { textContent: `  p ${number(sure)}, entropy ${side.entropy[view.step].toFixed(2)}` }));
+      element("span", { textContent: `  p ${number(side.p[view.step])}, entropy ${side.entropy[view.step].toFixed(2)}` }));
     $("unpin").hidden = view.pin === null;
     $("unpin").textContent = view.pin === null ? "Unpin" : `Unpin ${model.name(view.pin)}`;
     $("zoom").setAttribute("aria-pressed", view.zoomed);
@@ -348,14 +353,15 @@
     const shown = filters[state.filter];
     $("whose").textContent =
       view.focus === null
-        ? `${shown.heads.length} heads (${shown.name}): active ones at their strongest key`
-        : `${model.name(view.focus)}: its ${sides[0].k} strongest keys; active at ${sides.map((s) => timesActive(s, view.focus)).join(" and ")} steps`;
+        ? `${many(shown.heads.length, "head")} (${shown.name}): active ones at their strongest key`
+        : `${model.name(view.focus)}: its ${keys(sides[0].k)}; active at ${sides.map((s) => timesActive(s, view.focus)).join(" and ")}`;
   }
   function timesActive(side, head) {
     let n = 0;
     for (let step = 0; step < side.steps; step++) n += model.active(side, step, head);
-    return `${n} of ${side.steps}`;
+    return `${n} of ${many(side.steps, "step")}`;
   }
+  const keys = (k) => (k === 1 ? "strongest key" : `${k} strongest keys`);
 
   // ---------------------------------------------------------------------------------------------------- tips and speech
 
@@ -372,12 +378,12 @@
   }
 
   function describePosition(side, position) {
-    const lines = [`${quoted(textAt(side, position) ?? "")} at ${position}`];
+    const text = textAt(side, position), lines = [`${text === undefined ? "no token" : quoted(text)} at ${position}`];
     if (state.step >= side.steps) return lines[0];
     const looking = filters[state.filter].heads.filter((head) => model.peak(side, state.step, head, 0)[0] === position);
     const active = looking.filter((head) => model.active(side, state.step, head));
     if (active.length) lines.push(`active: ${active.map(model.name).join(", ")}`);
-    if (looking.length > active.length) lines.push(`strongest key of ${looking.length - active.length} other heads`);
+    if (looking.length > active.length) lines.push(`strongest key of ${many(looking.length - active.length, "other head")}`);
     return lines.join("\n");
   }
 
@@ -454,7 +460,7 @@
   $("meaning").append(
     ...[
       `A head is active at a step where its score (${data.score.name}) lies above the threshold; dynamic heads are active at one step at least. Ranked are score, then attention on ${data.main || "the prompt"}, then the weight of the strongest key.`,
-      `Bars above the ribbon add up attention weights at this step, each colour on its own scale over the whole answer; the first ${SINK} positions, which soak up attention, are cut off at the top. Below them each line is one step. ${sides[0].k} keys of each head were kept.`,
+      `Bars above the ribbon add up attention weights at this step, each colour on its own scale over the whole answer; the first ${SINK} positions, which soak up attention, are cut off at the top. Below them each line is one step. Of each head the ${keys(sides[0].k)} ${sides[0].k === 1 ? "was" : "were"} kept. ∅ is a token without text.`,
     ].map((text) => element("p", { textContent: text })));
 
   ribbons.forEach(({ canvas, side, text }, i) => {

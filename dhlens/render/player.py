@@ -12,9 +12,10 @@ rows, `tokens.attention_patterns`.
 import base64
 import hashlib
 import html
-import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from numbers import Integral, Real
 from string import Template
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from dhlens.episode import Tokenizer
 from dhlens.heads import HeadSet
-from dhlens.render.report import Page
+from dhlens.render.check import expect, finite, heads_of, texts_only
+from dhlens.render.report import Live, inert_json
 from dhlens.render.sides import Side, beside, side_of
 from dhlens.render.texts import token_texts
 from dhlens.scores import Score
@@ -36,15 +38,14 @@ _MAX_PEAKS = 8
 _STEPS = 65535
 """Quantisation of a number within its range: 2 bytes."""
 _SCRIPTS = ("player_draw.js", "player.js")
+_FILTERS = ("dynamic", "masked", "all")
+"""What player.js calls its own filters; beside them "dynamic, not " and the first set."""
 
 
-class Player(Page):
+class Player(Live):
     """A page to step through."""
 
-    def _repr_html_(self) -> str:
-        """The page in a frame of its own, which can reach neither the notebook nor the network."""
-        style = "width:100%;height:860px;border:0"
-        return f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(self.html)}" style="{style}"></iframe>'
+    _height = "860px"
 
 
 def player(
@@ -64,7 +65,8 @@ def player(
         trace: the record.
         tokenizer: of the model, for the texts of tokens.
         score: of the same rows as `trace`; default: Eq. 1 on the needle or, without one, Eq. 2 on the facts.
-        sets: name to heads to filter by; the first is set apart by colour and shape.
+        sets: name to heads to filter by; the first is set apart by colour and shape. Not "dynamic", "masked" or "all",
+            which are there in any case.
         compare: another trace of the same prompt to show beside it, or its score.
         episode: which episode of `trace`.
         threshold: a head is active where its score lies above this value.
@@ -72,16 +74,31 @@ def player(
 
     Raises:
         ValueError: no such episode, it has no steps from 0 on or nothing to score (`side_of`), `sets` of another
-            model shape, or a trace or score to compare with of another prompt (`beside`).
+            model shape or with a name that is taken, `labels` that are not two or without `compare`, a `threshold` of
+            NaN, a trace or score to compare with of another prompt (`beside`), or a score, log-probability, entropy or
+            attention that is not finite.
+        TypeError: an argument is something else.
     """
+    expect(Trace, trace=trace)
+    expect(Score | None, score=score)
+    expect(Trace | Score | None, compare=compare)
+    expect(Mapping | None, sets=sets)
+    expect(Integral, episode=episode)
+    expect(Real, threshold=threshold)
+    if not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer must decode tokens, as model.tokenizer does, got {type(tokenizer).__name__}")
+    if math.isnan(threshold):
+        raise ValueError("threshold must be a number, got NaN")
     named = dict(sets or {})
-    for name, heads in named.items():
-        if heads.shape != trace.shape:
-            raise ValueError(f"set {name!r} must come from {trace.shape} (layers, heads), got {heads.shape}")
+    _check_sets(named, trace.shape)
+    if labels is not None:
+        _check_labels(labels, compare)
     names = labels or _labels(trace, compare)
     sides = [side_of(trace, episode, score=score, threshold=threshold, label=names[0])]
     if compare is not None:
         sides.append(beside(sides[0], compare, threshold=threshold, label=names[1]))
+    for side in sides:
+        _check_numbers(side)
     return Player(_page(pack(sides, tokenizer, named)))
 
 
@@ -110,6 +127,31 @@ def pack(sides: Sequence[Side], tokenizer: Tokenizer, sets: Mapping[str, HeadSet
     }
 
 
+def _check_sets(sets: Mapping[str, Any], shape: tuple[int, int]) -> None:
+    taken = {*_FILTERS, *(f"dynamic, not {first}" for first in list(sets)[:1])}
+    for name, heads in sets.items():
+        expect(str, **{f"the name of set {name!r}": name})
+        heads_of(shape, **{f"set {name!r}": heads})
+        if name in taken:
+            raise ValueError(f"set {name!r} must have a name of its own: the player has a filter of that name")
+
+
+def _check_labels(labels: Any, compare: object) -> None:
+    texts_only(labels=labels)
+    if len(labels) != 2 or compare is None:
+        got = f"{len(labels)} of them {'without' if compare is None else 'with'} compare"
+        raise ValueError(f"labels must name the two sides, trace and compare, got {got}")
+
+
+def _check_numbers(side: Side) -> None:
+    part = side.part
+    finite(f"score {side.score.name!r}", side.score.values, part.step)
+    finite("logprob", part.logprob.masked_fill(part.logprob == -math.inf, 0), part.step)  # of a token with p = 0
+    finite("entropy", part.entropy, part.step)
+    finite("peak_weight", part.peak_weight, part.step)
+    finite("mass", part.mass.nansum(1), part.step)
+
+
 def _labels(trace: Trace, compare: Trace | Score | None) -> tuple[str, str]:
     other = compare.trace if isinstance(compare, Score) else compare
     untouched = [t is None or t.heads_used is None or not t.heads_used.any() for t in (trace, other)]
@@ -125,11 +167,9 @@ def _packed(side: Side, said: list[str], main: Sequence[str], bounds: tuple[floa
     wide = max(int(part.peak_key.max()), len(side.episode.tokens) + n) > np.iinfo(np.uint16).max
     return {
         "label": side.label,
-        "text": outcome.text,
         "correct": outcome.correct,
-        "stopped": outcome.stopped,
         "answer": said[:n],
-        "logprob": [round(float(x), 4) for x in part.logprob],
+        "p": [round(float(x), 5) for x in part.logprob.exp()],
         "entropy": [round(float(x), 4) for x in part.entropy],
         "k": k,
         "keys": _array(part.peak_key[..., :k].numpy().astype(np.uint32 if wide else np.uint16)),
@@ -161,13 +201,11 @@ def _page(data: Mapping[str, Any]) -> str:
         return folder.joinpath(name).read_text(encoding="utf-8")
 
     style, script = asset("player.css"), "\n".join(asset(name) for name in _SCRIPTS)
-    # ensure_ascii leaves no line separator, bidi mark or lone surrogate; without < and & no tag or entity can begin
-    text = json.dumps(data, ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
     return Template(asset("player.html")).substitute(
         title=html.escape(data["title"]),
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
         style=style,
-        data=text,
+        data=inert_json(data),
         script=script,
     )
 

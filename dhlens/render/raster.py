@@ -1,6 +1,7 @@
 """The head x step raster: which head fires at which generation step of one episode. Use it as `figures.raster`."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dhlens.heads import Head, HeadSet, head_name
+from dhlens.render.check import expect, heads_of, texts_only
+from dhlens.render.crop import at_least
 from dhlens.render.draw import BLUE, GREY, ORANGE, WIDTH, tick
 from dhlens.scores import Score
 
@@ -32,13 +35,22 @@ def raster(
         threshold: a head fires above this value.
 
     Raises:
-        ValueError: the score has no steps, there is no such episode, or `tokens` does not name every step.
+        ValueError: the score has no steps, there is no such episode, `static` is of another model shape, `tokens` does
+            not name every step, or `max_heads` is not positive.
+        TypeError: an argument is something else.
     """
+    expect(Score, score=score)
+    expect(Integral, episode=episode, max_heads=max_heads)
+    at_least(1, max_heads=max_heads)
     trace = score.trace
     if trace is None:
         raise ValueError(f"a raster needs a score with a trace; {score.name!r} was made without steps")
     if not 0 <= episode < len(trace.episodes):
         raise ValueError(f"episode must lie within 0..{len(trace.episodes) - 1}, got {episode}")
+    if static is not None:
+        heads_of(trace.shape, static=static)
+    if tokens is not None:
+        texts_only(tokens=tokens)
     rows = (trace.episode == episode) & (trace.step >= 0)
     steps = trace.step[rows].numpy()
     if tokens is not None and len(tokens) != len(steps):

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dhlens.card import RunCard
+from dhlens.render.check import expect, texts_only
 from dhlens.store import replacing
 
 _SVG_LIMIT = 300_000
@@ -38,6 +39,8 @@ class Page:
 
     html: str
     """The whole document."""
+    _height: ClassVar[str] = "80vh"
+    _sandbox: ClassVar[str] = ""
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the page to `path`, whole or not at all, and return it.
@@ -53,13 +56,20 @@ class Page:
             fresh.write_text(self.html, encoding="utf-8")
         return path
 
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that its style stays out of the notebook."""
+        style = f"width:100%;height:{self._height};border:0"
+        return f'<iframe {self._sandbox}srcdoc="{html.escape(self.html)}" style="{style}"></iframe>'
+
 
 class Report(Page):
     """A page of pictures and tables."""
 
-    def _repr_html_(self) -> str:
-        """The page in a frame, so that its style stays out of the notebook."""
-        return f'<iframe srcdoc="{html.escape(self.html)}" style="width:100%;height:80vh;border:0"></iframe>'
+
+class Live(Page):
+    """A page that runs its own script; a notebook's frame lets it reach neither the notebook nor the network."""
+
+    _sandbox = 'sandbox="allow-scripts" '
 
 
 def report(
@@ -83,7 +93,17 @@ def report(
 
     Raises:
         ValueError: `max_rows` is not positive.
+        TypeError: a table, figure, caption, card or note is something else, or `notes` is one text.
     """
+    expect(Mapping | None, tables=tables, figures=figures)
+    expect(RunCard | None, card=card)
+    texts_only(notes=notes)
+    for name, table in (tables or {}).items():
+        expect(pd.DataFrame, **{f"table {name!r}": table})
+    for name, entry in (figures or {}).items():
+        figure, caption = _captioned(entry)
+        expect(Figure, **{f"figure {name!r}": figure})
+        expect(str, **{f"the caption of figure {name!r}": caption})
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     parts = [f"<p>{html.escape(note)}</p>" for note in notes]
@@ -100,6 +120,17 @@ def page(title: str, body: str, *, scripts: bool = False) -> str:
         policy += "; script-src 'unsafe-inline'"
     template = Template(files("dhlens.render").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(title=html.escape(title), policy=policy, body=body)
+
+
+def inert_json(value: Any) -> str:
+    """`value` as JSON that no markup can leave.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which no page can read.
+    """
+    # ensure_ascii leaves no line separator, bidi mark or lone surrogate; without < and & no tag or entity can begin
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def _section(name: str, content: str) -> str:
@@ -125,21 +156,25 @@ def _cells(tag: str, texts: Sequence[str], left: Sequence[bool]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A cell: 4 significant digits, grouped thousands, a dash for what is not known."""
+    """A cell: whole numbers as such, others by 4 significant digits, grouped thousands, a dash for what is unknown."""
     if isinstance(value, bool) or value is None or not isinstance(value, numbers.Real):
         return "\u2014" if value is None or value is pd.NA or value is pd.NaT else str(value)
-    number = float(value)
+    number = float(value) + 0.0  # -0.0 reads 0
     if math.isnan(number):
         return "\u2014"
-    if isinstance(value, numbers.Integral) or (number.is_integer() and abs(number) >= 1000):
+    if isinstance(value, numbers.Integral) or number.is_integer():
         return f"{number:,.0f}"
-    if number and not 1e-3 <= abs(number) < 1e6:
+    if not 1e-3 <= abs(number) < 1e6:
         return f"{number:.3g}"
     return f"{number:,.{max(0, 3 - math.floor(math.log10(abs(number))))}f}" if abs(number) >= 1 else f"{number:.4f}"
 
 
+def _captioned(entry: Any) -> tuple[Any, Any]:
+    return entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, "")
+
+
 def _figure(name: str, entry: Figure | tuple[Figure, str]) -> str:
-    figure, caption = entry if isinstance(entry, tuple) else (entry, "")
+    figure, caption = _captioned(entry)
     alt = html.escape(f"{name}: {caption or _describe(figure)}")
     width = round(figure.get_figwidth() * _CSS_DPI)
     # a wide picture keeps three quarters of its size on a phone and scrolls in its box: its labels stay readable

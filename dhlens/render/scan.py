@@ -65,9 +65,11 @@ def head_map(heads: pd.DataFrame) -> Figure:
     `heads` has layer, head and rate (0..1).
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, or there is no head.
     """
     need(heads, "layer", "head", "rate")
+    if heads.empty:
+        raise ValueError("a map needs the heads of a model, got none")
     layer, head = heads["layer"].to_numpy(dtype=int), heads["head"].to_numpy(dtype=int)
     n_layers, n_heads = int(layer.max()) + 1, int(head.max()) + 1
     grid = np.full((n_layers, n_heads), np.nan)
@@ -154,9 +156,11 @@ def static_curve(static: pd.DataFrame) -> Figure:
     largest Jaccard that sets of these sizes allow: a fall along it says something about sizes, not about heads.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, or there is no k.
     """
     need(static, "k", "jaccard_static", "jaccard_max", "jaccard_over_max", "coverage")
+    if static.empty:
+        raise ValueError("a curve over k needs at least one size, got none")
     figure, axes = one()
     dots = len(static) <= 20
     curve(axes, static, "k", "coverage", label="coverage", color=GREEN, style="s-" if dots else "-.")

@@ -10,8 +10,9 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from circuitsvis.attention import attention_heads
@@ -20,7 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dhlens.heads import HeadSet, head_name
+from dhlens.render.check import expect, heads_of, one_of, texts_only
 from dhlens.render.crop import at_least, crop, with_gaps
+from dhlens.render.draw import coded
 from dhlens.render.report import Report, page
 from dhlens.render.texts import circuitsvis_safe, token_texts
 from dhlens.trace import Trace
@@ -82,8 +85,12 @@ def attention_to_tokens(
         max_rows: most steps or heads.
 
     Raises:
-        ValueError: no such episode or span, `texts` or `heads` do not fit the trace, or a limit is not positive.
+        ValueError: no such episode or span, `texts` or `heads` do not fit the trace, another `by` or `measure`, or a
+            limit is not positive.
+        TypeError: an argument is something else.
     """
+    one_of(("step", "head"), by=by)
+    one_of(("count", "weight"), measure=measure)
     at_least(1, max_tokens=max_tokens, max_rows=max_rows)
     rows, n = _rows_of(trace, episode, texts)
     kept = crop(trace, episode, span, margin=margin, most=max_tokens)
@@ -92,9 +99,9 @@ def attention_to_tokens(
     shown = order[:max_rows]
     labels = _labels(trace, rows, texts, by)
     view = colored_tokens_multi(
-        [circuitsvis_safe(cell if isinstance(cell, str) else texts[cell]) for cell in with_gaps(kept, n)],
+        [_safe(cell if isinstance(cell, str) else texts[cell]) for cell in with_gaps(kept, n)],
         _rows_with_gaps(torch.cat([looks.sum(1, keepdim=True), looks[:, shown]], dim=1), kept),
-        [f"all {by}s", *(circuitsvis_safe(labels[int(i)]) for i in shown)],
+        [f"all {by}s", *(_safe(labels[int(i)]) for i in shown)],
     )
     note = _explain(measure, by, total=float(looks.sum()), left_out=float(looks.sum() - looks[kept].sum()))
     note += f" Rows: {len(shown)} of {len(order)}." if len(shown) < len(order) else ""
@@ -119,19 +126,20 @@ def attention_patterns(
     Raises:
         ValueError: the trace holds no whole rows, there is no such episode or span, `texts` do not fit, `heads` is
             empty or larger than `max_heads`.
+        TypeError: an argument is something else.
     """
+    _, n = _rows_of(trace, episode, texts)
+    heads_of(trace.shape, heads=heads)
     if trace.rows is None:
         raise ValueError("patterns need whole attention rows, which this trace lacks: observe with Capture(rows=True)")
     if not 0 < len(heads) <= max_heads:
         raise ValueError(f"between 1 and {max_heads} heads can be shown, got {len(heads)}")
     at_least(1, max_tokens=max_tokens)
-    _fires(trace, heads)
-    _, n = _rows_of(trace, episode, texts)
     kept = crop(trace, episode, span, margin=margin, most=max_tokens)
     grid = _grid(trace, episode, heads, kept)
     view = attention_heads(
         _short(grid),
-        [circuitsvis_safe(texts[p]) for p in kept],
+        [_safe(texts[p]) for p in kept],
         attention_head_names=[head_name(h) for h in heads],
         min_value=0.0,
         max_value=max(float(grid.max()), 1e-7),
@@ -144,8 +152,11 @@ def attention_patterns(
     return _view("Attention patterns", note, view.local_src)
 
 
-def _rows_of(trace: Trace, episode: int, texts: Sequence[str]) -> tuple[Int[Tensor, " m"], int]:
-    """The generation rows of an episode and its length in tokens, after checking that `texts` name every token."""
+def _rows_of(trace: Any, episode: Any, texts: Any) -> tuple[Int[Tensor, " m"], int]:
+    """The generation rows of an episode and its length in tokens, after checking all three."""
+    expect(Trace, trace=trace)
+    expect(Integral, episode=episode)
+    texts_only(texts=texts)
     if not 0 <= episode < len(trace.episodes):
         raise ValueError(f"episode must lie within 0..{len(trace.episodes) - 1}, got {episode}")
     n = len(trace.episodes[episode].tokens) + len(trace.outcomes[episode].tokens)
@@ -154,14 +165,14 @@ def _rows_of(trace: Trace, episode: int, texts: Sequence[str]) -> tuple[Int[Tens
     return ((trace.episode == episode) & (trace.step >= 0)).nonzero().flatten(), n
 
 
-def _fires(trace: Trace, heads: HeadSet | Tensor) -> Tensor:
+def _fires(trace: Trace, heads: Any) -> Tensor:
     wanted = (len(trace), *trace.shape)
-    if isinstance(heads, HeadSet):
-        if heads.shape != trace.shape:
-            raise ValueError(f"heads must come from a model of {trace.shape} (layers, heads), got {heads.shape}")
+    if not isinstance(heads, Tensor):
+        heads_of(trace.shape, heads=heads)
         return heads.mask().expand(wanted)
-    if tuple(heads.shape) != wanted:
-        raise ValueError(f"heads must be Bool[n layer head] of shape {wanted}, got {tuple(heads.shape)}")
+    if tuple(heads.shape) != wanted or heads.dtype != torch.bool:
+        found = f"{heads.dtype} of {tuple(heads.shape)}"
+        raise ValueError(f"heads must be Bool[n layer head] of shape {wanted}, got {found}")
     return heads
 
 
@@ -230,7 +241,15 @@ def _labels(trace: Trace, rows: Int[Tensor, " m"], texts: Sequence[str], by: str
     if by == "head":
         return [head_name((layer, head)) for layer in range(trace.shape[0]) for head in range(trace.shape[1])]
     emitted = [(int(trace.step[r]), int(trace.position[r]) + 1) for r in rows]
-    return [f"{step}:{texts[p].strip() or '␣' if p < len(texts) else '?'}" for step, p in emitted]
+    return [f"{step}:{_word(texts[p]) if p < len(texts) else '?'}" for step, p in emitted]
+
+
+def _word(text: str) -> str:
+    return coded(text.strip() or (text and "␣"))
+
+
+def _safe(text: str) -> str:
+    return circuitsvis_safe(coded(text))
 
 
 def _explain(measure: str, by: str, *, total: float, left_out: float) -> str:
@@ -238,7 +257,8 @@ def _explain(measure: str, by: str, *, total: float, left_out: float) -> str:
         return "None of these heads fires in this episode."
     what = "number of heads whose strongest key it is" if measure == "count" else "attention it gets from the heads"
     share = f"{left_out / total:.0%} of it lies on tokens left out of this view."
-    return f"Colour of a token: {what}; pick a {by} above the text, each on its own scale. {share}"
+    bounds = " Positive Bound and Negative Bound are the ends of the colour scale: values beyond them look alike."
+    return f"Colour of a token: {what}; pick a {by} above the text, each on its own scale. {share}{bounds}"
 
 
 def _view(title: str, note: str, source: str) -> TokenView:
