@@ -5,7 +5,8 @@
 Two questions are kept apart. Selection: which heads' attention finds the supporting facts, at one number of visible
 tokens, before anything is generated (`selection`)? Its contrast is primary, fixed beforehand. Answers: what is gained
 by it (`answer_summary`, `answer_contrasts`)? Everything is paired by question and resampled by group; p comes from
-flipping signs of groups, beside McNemar's exact test for exact matches, with Holm's bound within a measure.
+flipping signs of groups, beside McNemar's exact test for exact matches, with Holm's bound within a measure,
+trigger and visibility.
 `detectable` is the difference that would have been found with 80 % power at 5 %: smaller ones are not told from none.
 
 The columns of `answers` and `looks` are those of `dhlens.recipes.rag`. Cost: seconds.
@@ -107,15 +108,16 @@ def paired(rows: pd.DataFrame, first: str, measures: Sequence[str], *, seed: int
             a, b = (both[name].to_numpy(dtype=float) for name in (measure, f"{measure}_other"))
             value, low, high = grouped_difference(a, b, groups, seed=seed)
             _, code = np.unique(groups, return_inverse=True)
-            sums = np.bincount(code, weights=a - b)
-            error = float(np.sqrt(len(sums)) * sums.std(ddof=1) / len(a)) if len(sums) > 1 else np.nan
+            # groups differ in size: what is left of a group's sum where each of its questions has the mean
+            rest = np.bincount(code, weights=a - b - np.mean(a - b))
+            error = float(np.sqrt(len(rest)) * rest.std(ddof=1) / len(a)) if len(rest) > 1 else 0.0
             yield {
                 **{"first": first, "second": second, "measure": measure},
                 **{"difference": value, "low": low, "high": high},
                 "p": sign_flip(a - b, groups, seed=seed),
                 "p_mcnemar": mcnemar(a > 0, b > 0) if measure == "em" else np.nan,
-                "detectable": _POWER * error,
-                **{"n": len(a), "groups": len(sums)},
+                "detectable": _POWER * error if error > 1e-12 else np.nan,
+                **{"n": len(a), "groups": len(rest)},
             }
 
 
@@ -144,7 +146,7 @@ def in_words(
     if len(answers):
         told = ", ".join(real) or "none"
         power = _power(float(np.median(answers["detectable"].to_numpy(dtype=float))), ".3f")
-        lines.append(f"Arms whose F1 Holm's bound tells from {primary[0]} (p < .05): {told}{power}.")
+        lines.append(f"Arms whose F1 is told from {primary[0]} (p < .05 by Holm's bound in each panel): {told}{power}.")
     return lines
 
 

@@ -172,12 +172,11 @@ def _answer_row(model: Model, episode: Episode, one: Answer, reference: Found | 
 def _events(one: Answer) -> Iterator[dict[str, Any]]:
     for event in one.events:
         draft, found = event.draft, event.found
-        ends = [*draft.starts[1:], len(draft.text)]
         yield {
             "kind": "draft" if found is None else "looked up",
             "step": event.step,
             "kept": event.kept,
-            "pieces": [draft.text[a:b] for a, b in zip(draft.starts, ends, strict=True)] if draft.tokens else [],
+            "pieces": draft.pieces(),
             "entropy": [round(x, 4) for x in draft.entropy.tolist()],
             "windows": [list(run) for run in found.windows] if found else [],
             "passages": list(found.passages) if found else [],

@@ -42,6 +42,11 @@ class Draft:
     """Float[token]: last layer, largest weight from any row per head, mean over heads, of a pass over the generated
     text alone; None where it was not read."""
 
+    def pieces(self) -> list[str]:
+        """The text of each token."""
+        ends = [*self.starts[1:], len(self.text)] if self.tokens else []
+        return [self.text[a:b] for a, b in zip(self.starts, ends, strict=True)]
+
     def sentences(self) -> list[tuple[int, int]]:
         """Token runs of the sentences, half-open, in order; a token belongs to the sentence that it writes first."""
         found: list[tuple[int, int]] = []
@@ -65,9 +70,8 @@ class Draft:
 
     def _writes(self) -> list[int]:
         """The character that each token writes first, the space in front of a word left out."""
-        ends = [*self.starts[1:], len(self.text)]
-        pieces = [self.text[a:b] for a, b in zip(self.starts, ends, strict=True)] if self.tokens else []
-        return [a + (len(p) - len(p.lstrip())) * bool(p.strip()) for a, p in zip(self.starts, pieces, strict=True)]
+        parts = zip(self.starts, self.pieces(), strict=True)
+        return [a + (len(p) - len(p.lstrip())) * bool(p.strip()) for a, p in parts]
 
 
 Trigger = Callable[[Draft], int | None]
@@ -127,6 +131,8 @@ class RIND:
         content = draft.entropy.new_zeros(len(draft.tokens))
         for word, inside in draft.words():
             content[inside] = float(is_content(word))
+        for i, piece in enumerate(draft.pieces()):
+            content[i] *= any(c.isalnum() for c in piece)  # the full stop of "capital." is no content
         return draft.entropy * later * content
 
     def _coded(self, draft: Draft) -> Float[Tensor, " token"]:

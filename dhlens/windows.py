@@ -105,8 +105,8 @@ def fact_recall(shown: Bool[Tensor, " prompt"], spans: Iterable[Span], facts: st
     Raises:
         ValueError: none does.
     """
-    found = [shown[span.start : span.stop].float().mean().item() for span in spans if fnmatchcase(span.name, facts)]
-    lengths = [len(span) for span in spans if fnmatchcase(span.name, facts)]
+    named = [span for span in spans if fnmatchcase(span.name, facts)]
+    found, lengths = [shown[s.start : s.stop].float().mean().item() for s in named], [len(s) for s in named]
     if not found:
         raise ValueError(f"no span is called {facts!r}: without supporting facts there is nothing to recall")
     share = sum(part * n for part, n in zip(found, lengths, strict=True)) / sum(lengths)

@@ -62,7 +62,11 @@ def test_a_corpus_is_looked_up_in(folder, tmp_path):
     [
         (["--visibilities", "retrieve"], "--visibilities retrieve and --corpus go together"),
         (["--corpus", "x.jsonl"], "--visibilities retrieve and --corpus go together"),
-        (["--n", "0"], "--n must be at least 1 question, got 0"),
+        (["--n", "0"], "--n must be at least 1, got 0"),
+        (["--k", "0"], "--k must be at least 1, got 0"),
+        (["--fit", "0"], "--fit must be at least 3 questions, or a finished scan of such, got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--gold", "x.jsonl"], "--gold says which passages of a corpus answer a question"),
         (["--budget", "0"], "budget must be at least 1: with 0 nothing would be shown"),
         (["--policies", "best"], "--policies must be one of predicted, static"),
         (["--triggers", "never"], "--triggers must be one of rind"),

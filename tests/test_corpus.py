@@ -96,3 +96,16 @@ def test_gold_passages_by_question(lines):
         read_gold(path)
     with pytest.warns(UserWarning, match="1 broken records left out"):
         assert read_gold(path, on_error="skip") == {"q0": frozenset({"p1", "p2"})}
+
+
+def test_a_damaged_index_and_a_corpus_without_words_are_told_in_words(tmp_path):
+    Index.of(PASSAGES, tmp_path / "index")
+    (tmp_path / "index" / "corpus.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged, delete the folder"):
+        Index.of(PASSAGES, tmp_path / "index")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file: an index needs a folder"):
+        Index.of(PASSAGES, tmp_path / "file")
+    with pytest.raises(ValueError, match="no stop word, and 1 passages hold none"):
+        Index.of([Passage("a", "the", "of and the")], tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()

@@ -276,3 +276,20 @@ def test_a_contrast_is_the_first_less_the_second():
     table = arms.contrasts(none, pd.DataFrame(rows), primary=("a", "b"), budget=8, seed=0)
     row = table.iloc[0]
     assert (row["first"], row["second"], row["difference"], row["p"]) == ("a", "b", 0.75, 2 / 2**6)
+
+
+@pytest.mark.parametrize("name", ["none", "gold", "random windows"])
+def test_names_of_references_and_controls_are_taken(model, questions, policies, name):
+    with pytest.raises(ValueError, match=f"'{name}' stands in the tables for what no policy chooses"):
+        rag(model, questions[6:], {name: policies["static"]}, progress=False)
+
+
+def test_a_constant_difference_leaves_nothing_to_detect_whatever_the_sizes_of_groups():
+    groups = [f"g{i}" for i, n in enumerate((1, 2, 3, 7)) for _ in range(n)]
+    rows = [
+        {"policy": p, "episode": str(i), "group": g, "f1": 0.5 + 0.1 * (p == "a")}
+        for p in ("a", "b")
+        for i, g in enumerate(groups)
+    ]
+    row = next(iter(arms.paired(pd.DataFrame(rows), "a", ["f1"], seed=0)))
+    assert row["difference"] == pytest.approx(0.1) and np.isnan(row["detectable"])

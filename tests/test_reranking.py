@@ -162,3 +162,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "nowhere is no dhlens run" in capsys.readouterr().err
+
+
+def test_gold_that_the_corpus_lacks_is_refused(model, index):
+    gold = {"q": frozenset({"p2", "not in corpus"})}
+    with pytest.raises(ValueError, match="1 are not, 'not in corpus' among them"):
+        rerank(model, {"q": QUESTION}, gold, index, POLICIES, progress=False)

@@ -101,3 +101,10 @@ def test_what_a_trigger_cannot_take_is_refused():
         MeanEntropy(float("nan"))
     with pytest.raises(ValueError, match="RIND as coded needs the draft's attention"):
         RIND()(draft())
+
+
+def test_rind_as_published_counts_no_full_stop_of_a_word():
+    attention = torch.zeros(12, 12)
+    attention[8, 3:6] = torch.tensor([0.5, 0.8, 0.9])
+    values = RIND(0.1, "published").values(draft(attention=attention))
+    assert values[3:6].tolist() == pytest.approx([0.5, 0.8, 0.0])

@@ -19,8 +19,11 @@ def asked_and_fitted(given: Mapping[str, Any], *, progress: bool) -> tuple[Any, 
     from dhlens.tasks import hotpot
 
     n, fit, room = given["n"], given["fit"], given["max_new_tokens"]
-    if n < 1:
-        raise ValueError(f"--n must be at least 1 question, got {n}")
+    for option, value in (("n", n), ("k", given["k"]), ("max-new-tokens", room)):
+        if value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    if fit.isdecimal() and int(fit) < 3:
+        raise ValueError(f"--fit must be at least 3 questions, or a finished scan of such, got {fit}")
     earlier = None if fit.isdecimal() else _trace(Path(fit))
     others = int(fit) if earlier is None else len(earlier.episodes)
     options = o.json_object("template-kwargs", given["template_kwargs"])
@@ -37,10 +40,20 @@ def asked_and_fitted(given: Mapping[str, Any], *, progress: bool) -> tuple[Any, 
         max_positions=model.max_positions - room,
         on_error=given["broken"],
     )
+    heads = model.n_layers * model.n_heads
+    if given["k"] > heads:
+        raise ValueError(f"--k must lie within 1..{heads}, the heads of the model, got {given['k']}")
     if earlier is None:
         earlier = _observed(model, episodes[:others], beside(given["out"], "fit"), room, progress)
-    known = {e.group for e in earlier.episodes}
-    return model, [e for e in episodes if e.group not in known][:n], earlier
+    # groups are named within one reading of a file: those of a scan of another file are known by their documents
+    known = {one for e in earlier.episodes for one in (e.group, e.id, *_gold_documents(e))}
+    return model, [e for e in episodes if known.isdisjoint((e.group, e.id, *_gold_documents(e)))][:n], earlier
+
+
+def _gold_documents(episode: Any) -> set[tuple[int, ...]]:
+    """The tokens of the documents that hold the facts."""
+    spans = [episode.span(f"doc_{i}") for i in episode.meta["fact_documents"]]
+    return {tuple(episode.tokens[span.start : span.stop].tolist()) for span in spans}
 
 
 def beside(out: Path, name: str) -> Path:

@@ -44,7 +44,9 @@ Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, or auto for all; default: the best there is.")]
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit: weights in fewer bits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One machine-readable line.")]
-Player = Annotated[bool, typer.Option("--player", help="Write a page to step through one episode of a scan.")]
+Player = Annotated[
+    bool, typer.Option("--player", help="Write a page to step through one episode: into the run, or to the file named.")
+]
 Episode = Annotated[str, typer.Option(help="Number or id of the episode to play.")]
 Quiet = Annotated[bool, typer.Option(help="No progress bar.")]
 

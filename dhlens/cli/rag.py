@@ -67,6 +67,8 @@ def rag(
     windows = Windows(reach=reach, budget=budget)
     if ("retrieve" in shown) != (corpus is not None):
         raise ValueError("--visibilities retrieve and --corpus go together: passages need a file, and a file a use")
+    if gold is not None and corpus is None:
+        raise ValueError("--gold says which passages of a corpus answer a question: give --corpus as well")
     elsewhere = None if corpus is None else CorpusLookup(*fitted.corpus(given))
     progress = not (quiet or as_json)
     loaded, asked, trace = fitted.asked_and_fitted(given, progress=progress)

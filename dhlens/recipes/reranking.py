@@ -91,7 +91,9 @@ class Reranking:
         recall = self.tables["summary"].pivot(index="passages", columns="ranking", values="recall")
         for k in (10, 20):
             ranked = recall.loc[k].sort_values(ascending=False)
-            lines.append(f"Recall at {k}: {', '.join(f'{name} {value:.3f}' for name, value in ranked.items())}.")
+            said = ", ".join(f"{name} {value:.3f}" for name, value in ranked.items())
+            share = (k / bm25["candidates"].where(bm25["candidates"] > 0)).clip(upper=1)
+            lines.append(f"Recall at {k}: {said}; in random order {(bm25['found'] * share).mean():.3f}.")
         for row in self.tables["contrasts"].to_dict("records"):
             low, high = f"{row['low']:+.3f}", f"{row['high']:+.3f}"
             lines.append(
@@ -172,10 +174,10 @@ def rerank(
         progress: show a bar.
 
     Raises:
-        ValueError: no question, one without gold passages, a policy of another model; or see `read_passages` and
-            `store.Run.open`.
+        ValueError: no question, one without gold passages or with some that the corpus lacks, a policy of another
+            model; or see `read_passages` and `store.Run.open`.
     """
-    _check(model, questions, gold, policies, candidates=candidates, per_prompt=per_prompt)
+    _check(model, questions, gold, index, policies, candidates=candidates, per_prompt=per_prompt)
     card = model.card.with_settings(
         recipe="rerank",
         questions=digest(*questions, *questions.values()),
@@ -214,6 +216,7 @@ def _check(
     model: Model,
     questions: Mapping[str, str],
     gold: Mapping[str, frozenset[str]],
+    index: Index,
     policies: Mapping[str, Policy],
     *,
     candidates: int,
@@ -227,6 +230,12 @@ def _check(
     missing = [name for name in questions if not gold.get(name)]
     if missing:
         raise ValueError(f"every question needs gold passages, {missing[0]!r} has none")
+    elsewhere = sorted({one for name in questions for one in gold[name]} - {passage.id for passage in index.passages})
+    if elsewhere:
+        raise ValueError(
+            f"gold passages must be in the corpus: {len(elsewhere)} are not, {elsewhere[0]!r} among them; "
+            "the gold file belongs to another corpus"
+        )
     for policy in policies.values():
         policy.check(model.card, model.shape)
 

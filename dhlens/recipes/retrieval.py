@@ -31,7 +31,7 @@ from dhlens import arms
 from dhlens.card import RunCard
 from dhlens.engine import observation_card
 from dhlens.episode import Episode
-from dhlens.inquiry import ELSEWHERE, Inquiry, inquire
+from dhlens.inquiry import CONTROLS, ELSEWHERE, REFERENCES, Inquiry, inquire
 from dhlens.limits import at_least_one, check_episodes
 from dhlens.lookup import VISIBILITIES
 from dhlens.model import Model
@@ -234,6 +234,8 @@ def _check(model: Model, episodes: Sequence[Episode], asked: Inquiry, *, leaks: 
     if "never" in asked.triggers:
         raise ValueError('"never" is the name of the references, which no trigger moves; call yours something else')
     for name, policy in asked.policies.items():
+        if name in (*REFERENCES, *CONTROLS):
+            raise ValueError(f"{name!r} stands in the tables for what no policy chooses: call yours something else")
         if not isinstance(policy, Policy):
             raise TypeError(f"policy {name!r} must be a Policy (dh.Static(heads), dh.Policy(function)), got {policy!r}")
         policy.check(model.card, model.shape)

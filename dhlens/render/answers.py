@@ -51,7 +51,7 @@ def answer_points(summary: pd.DataFrame) -> Figure:
     for i, (axes, rows) in enumerate(zip(grid.flat, shown, strict=False)):
         _dots(axes, rows, labelled=i % columns == 0)
         axes.set_title(", ".join(arms[i]), fontsize=9)
-    figure.supxlabel("F1 of the answer (95 % over questions); behind it the visible tokens at a lookup", fontsize=9)
+    figure.supxlabel("F1 of the answer (95 % over questions);\nbehind it the visible tokens at a lookup", fontsize=9)
     return figure
 
 
@@ -59,7 +59,7 @@ def answer_curves(summary: pd.DataFrame) -> Figure:
     """F1 against the number of visible tokens, with intervals, a panel per visibility under the first trigger.
 
     The references none, gold and full mark how F1 grows with what is visible; policies at one number of tokens are
-    drawn side by side. `summary` is that of `dhlens.arms.answer_summary`.
+    drawn side by side, up to a quarter to the left and right. `summary` is that of `dhlens.arms.answer_summary`.
 
     Raises:
         ValueError: a column is missing, or there is no arm beside the references.
@@ -81,7 +81,7 @@ def answer_curves(summary: pd.DataFrame) -> Figure:
         for row in rows.to_dict("records"):
             at = policies.index(row["policy"]) - (len(policies) - 1) / 2 if row["policy"] in known else 0
             color, marker = known.get(row["policy"], (GREY, "."))
-            x, low, high = row["visible"] * 1.2**at, row["f1_low"], row["f1_high"]
+            x, low, high = row["visible"] * 1.08**at, row["f1_low"], row["f1_high"]
             axes.vlines(x, low, high, color=color, lw=1.2)
             axes.plot(x, row["f1"], marker, color=color, ms=5, label=row["policy"] if row["policy"] in known else None)
             if row["policy"] in REFERENCES:
@@ -93,7 +93,7 @@ def answer_curves(summary: pd.DataFrame) -> Figure:
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("F1 of the answer")
-    grid[0].set_ylim(0, 1.1 * summary["f1_high"].max())
+    grid[0].set_ylim(0, max(0.02, 1.1 * summary["f1_high"].max()))  # where every answer is wrong, too
     figure.supxlabel("visible tokens of the context at a lookup", fontsize=9)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")

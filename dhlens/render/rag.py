@@ -112,7 +112,8 @@ def recall_curves(summary: pd.DataFrame) -> Figure:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="passages that come first", ylabel="gold passages among them", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.set_figwidth(WIDTH + 1.4)
     return figure
 
 
@@ -134,14 +135,15 @@ def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str
     }
     found["What visible text is worth"] = (
         answer_curves(tables["summary"]),
-        "F1 against visible tokens, with 95 % intervals over questions; dotted, the references.",
+        "F1 against visible tokens, with 95 % intervals over questions; dotted, the references. Policies at one number "
+        "of tokens are drawn side by side.",
     )
     if example := _example(tables):
         question, events, arm = example
         found["One answer"] = (
             timeline(question, events),
-            f"{arm}. Bars are the entropy of each token's distribution; struck out is what was not kept. Below, the "
-            "documents of the context, the supporting facts in green, and the windows of each lookup.",
+            f"{arm}. Bars are the entropy of each token's distribution; pale is what was not kept. Below, the "
+            "documents of the context, the supporting facts in green, and the windows of each lookup in orange.",
         )
     if "leak" in tables:
         found["What hidden text still says"] = (

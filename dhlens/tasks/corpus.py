@@ -101,24 +101,35 @@ class Index:
             folder: where the index lies or will lie; by default one in the cache directory, named by its hash.
 
         Raises:
-            ValueError: there is no passage, or the folder holds the index of another corpus.
+            ValueError: there is no passage or no word in them, or the folder holds something else: the index of another
+                corpus, or a damaged one.
         """
         if not passages:
             raise ValueError("an index needs at least one passage, got none")
         sha256 = _sha256(passages)
         place = Path(folder) if folder is not None else cache_dir() / f"bm25-{sha256[:16]}"
         if (place / "corpus.json").is_file():
-            kept = json.loads((place / "corpus.json").read_text(encoding="utf-8"))
-            if kept["sha256"] != sha256:
+            try:
+                kept = json.loads((place / "corpus.json").read_text(encoding="utf-8"))
+                holds, size = str(kept["sha256"]), kept["passages"]
+                engine = bm25s.BM25.load(str(place), show_progress=False) if holds == sha256 else None
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"the index in {place} is damaged, delete the folder: {error!r}") from None
+            if engine is None:
                 raise ValueError(
-                    f"{place} holds the index of another corpus ({kept['passages']} passages, {kept['sha256'][:12]}), "
+                    f"{place} holds the index of another corpus ({size} passages, {holds[:12]}), "
                     f"not of these {len(passages)} ({sha256[:12]}): name another folder"
                 )
-            return cls(passages, bm25s.BM25.load(str(place), show_progress=False))
+            return cls(passages, engine)
+        if place.is_file():
+            raise ValueError(f"{place} is a file: an index needs a folder")
         if place.exists() and any(place.iterdir()):
             raise ValueError(f"{place} holds something else than an index: name an empty or a new folder")
+        tokens = _tokens([f"{p.title} {p.text}" for p in passages])
+        if not any(tokens):
+            raise ValueError(f"an index needs a word that is no stop word, and {len(passages)} passages hold none")
         engine = bm25s.BM25()
-        engine.index(_tokens([f"{p.title} {p.text}" for p in passages]), show_progress=False)
+        engine.index(tokens, show_progress=False)
         _keep(engine, place, {"sha256": sha256, "passages": len(passages)})
         return cls(passages, engine)
 
