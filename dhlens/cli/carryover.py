@@ -42,7 +42,7 @@ def carryover(
     needles = o.needle_trace(niah)
     traces = {run.name: Reasoning.load(run).trace for run in runs}
     table = carry_over(traces, niah=needles, fit_from=fit_from, seed=seed, progress=not (quiet or as_json))
-    named = table.assign(measure=table["measure"].map(MEASURES))
+    named = table.assign(measure=table["measure"].map(MEASURES.__getitem__))
     chance = named.assign(value=table["chance"], low=nan, high=nan)
     tables = {"measured": spread(named, "measure", "task"), "by chance": spread(chance, "measure", "task")}
     if out is not None:
