@@ -46,15 +46,16 @@ def carryover(
     chance = named.assign(value=table["chance"], low=nan, high=nan)
     tables = {"measured": spread(named, "measure", "task"), "by chance": spread(chance, "measure", "task")}
     if out is not None:
-        out.mkdir(parents=True)
-        table.to_csv(out / "carryover.csv", index=False)
         caption = "Dots with 95 % intervals over groups of questions; a grey stroke is chance."
-        report(
+        page = report(
             f"What carries over from needles, {needles.card.model}",
             tables={name: wide.reset_index() for name, wide in tables.items()},
             figures={"Tasks side by side": (carry_map(table), caption)},
             card=needles.card,
-        ).save(out / "report.html")
+        )
+        out.mkdir(parents=True)
+        table.to_csv(out / "carryover.csv", index=False)
+        page.save(out / "report.html")
     if as_json:
         values: Any = json.loads(str(table.to_json(orient="records")))
         typer.echo(json.dumps({"folder": None if out is None else str(out), "carryover": values}))
