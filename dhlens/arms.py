@@ -45,6 +45,11 @@ def answer_summary(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def referred(visibility: str) -> str:
+    """Where the references of a visibility stand: passages come in a new prompt, as windows do in "concat"."""
+    return "concat" if visibility == "retrieve" else visibility
+
+
 def selection(looks: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row per policy and budget.
 
@@ -74,8 +79,7 @@ def contrasts(
     rows = [{**row, "trigger": "-", "visibility": "-"} for row in paired(at_budget, primary[0], ["facts"], seed=seed)]
     tried = answers.loc[answers["policy"] == primary[0]].drop_duplicates(["trigger", "visibility"])
     for trigger, visibility in tried[["trigger", "visibility"]].itertuples(index=False):
-        seen = "concat" if visibility == "retrieve" else visibility
-        never = (answers["trigger"] == "never") & (answers["visibility"] == seen)
+        never = (answers["trigger"] == "never") & (answers["visibility"] == referred(visibility))
         here = (answers["trigger"] == trigger) & (answers["visibility"] == visibility)
         found = paired(answers.loc[here | never], primary[0], ["f1", "em"], seed=seed)
         rows += [{**row, "trigger": trigger, "visibility": visibility} for row in found]

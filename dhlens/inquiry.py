@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dhlens.answering import Answer, Arm, answer
+from dhlens.arms import referred
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet, head_name
 from dhlens.lookup import VISIBILITIES, ContextLookup, Found, Lookup
@@ -85,7 +86,7 @@ def inquire(model: Model, full: HFStream, episode: Episode, asked: Inquiry, *, l
     references, lookups = _references(lookup, asked), _lookups(model, lookup, asked)
     arms = {arm: found.view for arm, found in references.items()}
     for visibility in asked.visibilities:
-        start = arms[Arm("never", "concat" if visibility == ELSEWHERE else visibility, "none")]
+        start = arms[Arm("never", referred(visibility), "none")]
         unable = getattr(asked.corpus, "without", ()) if visibility == ELSEWHERE else ()
         chosen = [name for name in asked.policies if name not in unable]
         arms |= {Arm(t, visibility, p): start for t in asked.triggers for p in chosen}
@@ -103,7 +104,8 @@ def inquire(model: Model, full: HFStream, episode: Episode, asked: Inquiry, *, l
     for arm, one in answers.items():
         row = named | arm._asdict()
         rows["answers"].append(row | _answer_row(model, episode, one, references.get(arm)))
-        rows["events"] += [row | {"event": i, **event} for i, event in enumerate(_events(one))]
+        events = _events(one, asked.triggers.get(arm.trigger, never))
+        rows["events"] += [row | {"event": i, **event} for i, event in enumerate(events)]
     rows["looks"] = [named | row for row in _looks(lookup, asked)]
     if leaks:
         rows["leak"] = [named | row for row in _leaks(model, episode, lookup, asked)]
@@ -137,7 +139,7 @@ def _references(lookup: ContextLookup, asked: Inquiry) -> dict[Arm, Found]:
         if fnmatchcase(span.name, "fact_*"):
             shown["gold"][span.start : span.stop] = True
     no_heads = HeadSet([], lookup.shape)
-    kinds = dict.fromkeys("concat" if v == ELSEWHERE else v for v in asked.visibilities)
+    kinds = dict.fromkeys(map(referred, asked.visibilities))
     return {
         Arm("never", kind, name): lookup.found(kind, visible, no_heads)
         for kind in kinds
@@ -169,7 +171,8 @@ def _answer_row(model: Model, episode: Episode, one: Answer, reference: Found | 
     }
 
 
-def _events(one: Answer) -> Iterator[dict[str, Any]]:
+def _events(one: Answer, trigger: Trigger) -> Iterator[dict[str, Any]]:
+    values = getattr(trigger, "values", None)
     for event in one.events:
         draft, found = event.draft, event.found
         yield {
@@ -178,6 +181,8 @@ def _events(one: Answer) -> Iterator[dict[str, Any]]:
             "kept": event.kept,
             "pieces": draft.pieces(),
             "entropy": [round(x, 4) for x in draft.entropy.tolist()],
+            "values": [round(x, 4) for x in values(draft).tolist()] if values and found is None else [],
+            "threshold": getattr(trigger, "threshold", np.nan),
             "windows": [list(run) for run in found.windows] if found else [],
             "passages": list(found.passages) if found else [],
             "heads": [head_name(head) for head in found.heads] if found else [],

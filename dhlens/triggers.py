@@ -6,7 +6,8 @@ A trigger takes a `Draft` and returns the draft's token at which to go back, the
     at = rind(draft)
 
 `MeanEntropy` asks for the mean uncertainty of a sentence alone, `every_sentence` always looks up, `never` does not.
-Your own is a function. No model is seen; cost: some text work on a few dozen tokens.
+Your own is a function; `values` and `threshold`, where it has them as those two do, are drawn in an answer's timeline.
+No model is seen; cost: some text work on a few dozen tokens.
 
 Source: Su et al. 2024 (DRAGIN, arXiv 2403.10081), section 3.1 and its published code; they differ, see `RIND`.
 """
@@ -15,7 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue] - compiled, without types
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor
@@ -118,8 +119,7 @@ class RIND:
         needs = draft.alone if self.form == "coded" else draft.attention
         if needs is None:
             raise ValueError(f"RIND as {self.form} needs the draft's attention, which was not read")
-        hits = self.values(draft) > self.threshold
-        return next((first for first, stop in draft.sentences() if bool(hits[first:stop].any())), None)
+        return _first_hit(draft, self.values(draft) > self.threshold)
 
     def values(self, draft: Draft) -> Float[Tensor, " token"]:
         """What is compared with the threshold, for every token; a word's tokens share its value in the coded form."""
@@ -164,8 +164,14 @@ class MeanEntropy:
 
     def __call__(self, draft: Draft) -> int | None:
         """The first token of the first such sentence."""
-        spans = draft.sentences()
-        return next((a for a, b in spans if float(draft.entropy[a:b].mean()) > self.threshold), None)
+        return _first_hit(draft, self.values(draft) > self.threshold)
+
+    def values(self, draft: Draft) -> Float[Tensor, " token"]:
+        """What is compared with the threshold: every token has the mean of its sentence."""
+        values = draft.entropy.new_zeros(len(draft.tokens))
+        for first, stop in draft.sentences():
+            values[first:stop] = draft.entropy[first:stop].mean()
+        return values
 
 
 def every_sentence(draft: Draft) -> int | None:
@@ -176,6 +182,11 @@ def every_sentence(draft: Draft) -> int | None:
 def never(draft: Draft) -> int | None:
     """None."""
     return None
+
+
+def _first_hit(draft: Draft, hits: Bool[Tensor, " token"]) -> int | None:
+    """The first token of the first sentence that holds a hit."""
+    return next((first for first, stop in draft.sentences() if bool(hits[first:stop].any())), None)
 
 
 def _check_threshold(threshold: float) -> None:

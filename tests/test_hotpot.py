@@ -100,7 +100,7 @@ def test_evidence_that_does_not_fit_is_left_out_and_counted():
     limit = len(hotpot.episodes(tokenizer, [short])[0].tokens) + 8
     made = hotpot.episodes(tokenizer, [long, short], length=limit)
     assert [e.id for e in made] == ["short"] and made[0].meta["left_out"] == 1
-    with pytest.raises(ValueError, match="2 questions are asked for, found 2; the evidence of 1 does not fit"):
+    with pytest.raises(ValueError, match=r"2 questions .* the source has 2, and the evidence of 1 does not fit"):
         hotpot.episodes(tokenizer, [long, short], n=2, length=limit)
     with pytest.raises(ValueError, match="the evidence of 1 does not fit the length"):
         hotpot.episodes(tokenizer, [long], length=limit)
@@ -147,7 +147,7 @@ def test_refusals():
         ({"length": 0}, "length must be positive, got 0"),
         ({"length": 600, "max_positions": 512}, "length 600 is beyond the model's 512 positions"),
         ({"max_positions": 99}, "the prompt of question 'q1' has .* beyond the model's 99 positions"),
-        ({"n": 2}, "2 questions are asked for, found 1"),
+        ({"n": 2}, "2 questions are asked for, the source has 1$"),
         ({"template": "{context}"}, "once each"),
     ]:
         with pytest.raises(ValueError, match=said):

@@ -8,8 +8,8 @@ from toy_tokenizers import byte_level
 
 import dhlens as dh
 from dhlens.recipes import rag
-from dhlens.recipes.passages import CorpusLookup, read_passages
-from dhlens.tasks.corpus import Index
+from dhlens.recipes.passages import CorpusLookup, passage_prompts, read_passages
+from dhlens.tasks.corpus import Index, Passage
 from dhlens.tasks.hotpot import episodes, over_documents
 from dhlens.tasks.questions import Document, Question
 from dhlens.triggers import every_sentence
@@ -96,6 +96,14 @@ def test_dynamic_retrieval_shows_the_passages_that_heads_rank_first(model, index
     ]
     event = found.events.query("visibility == 'retrieve' and kind == 'looked up'").iloc[0]
     assert event["passages"] == [best.id] and event["facts"] == (0.5 if best.id in ("p0", "p2") else 0)
+
+
+def test_passages_that_no_prompt_holds_are_named_before_any_pass(model):
+    long = Passage("tome", "Tome", "The garden lies by the river. " * 900)
+    with pytest.raises(ValueError, match=r"3 passages make a prompt of .* tokens, beyond .* the longest, 'tome', out"):
+        read_passages(model, QUESTION, [PASSAGES[0], long, PASSAGES[1]], {"static": dh.Static(HEADS)})
+    prompts = passage_prompts(model, QUESTION, PASSAGES, per_prompt=2)
+    assert [sum(s.name.startswith("doc_") for s in e.spans) for e in prompts] == [2, 1]
 
 
 def test_a_prompt_holds_at_least_one_passage(model):

@@ -134,6 +134,8 @@ TWICE = [["Ilsa Venn", ["Another one."]], *RECORD["context"]]
         (changed(supporting_facts=[["Ilsa Venn", 2]]), "name a sentence with text, got 2 of the 2 .* in 'Ilsa Venn'"),
         (changed(supporting_facts=[["Ilsa Venn", -1]]), "name a sentence with text, got -1"),
         (changed(supporting_facts=[["Ilsa Venn", "0"]]), "by its number, got '0'"),
+        (changed(supporting_facts=[["Ilsa Venn", False]]), "by its number, got False"),
+        (changed(answer="Os\ud800trel"), r"answer must be text of whole characters, got half of one, '.ud800'"),
         (changed(supporting_facts=[["Bo", 0]]), "names 'Bo', and no document with text"),
         (changed(supporting_facts=["Bo"]), r"supporting_facts must be a list of \[title, sent_id\]"),
         (changed(context=[["Ilsa Venn", ["", " "]]]), "names 'Ilsa Venn', and no document with text"),
@@ -158,6 +160,15 @@ def test_a_broken_record_is_named_or_left_out(tmp_path, record, said):
         assert [q.id for q in read_questions(path, on_error="skip")] == ["b", "c"]
 
 
+def test_a_line_that_is_no_utf8_is_named_or_left_out(tmp_path):
+    path = written(tmp_path, RECORD, "~", changed(_id="c"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"~", b'{"_id": "Z\xfcrich"}'))
+    with pytest.raises(ValueError, match=r"^dev.jsonl line 2: no UTF-8: .* 0xfc"):
+        read_questions(path)
+    with pytest.warns(UserWarning, match="dev.jsonl line 2: no UTF-8"):
+        assert [q.id for q in read_questions(path, on_error="skip")] == ["a1", "c"]
+
+
 def test_a_title_that_stands_twice_is_no_flaw_where_the_sentence_is_settled(tmp_path):
     path = written(
         tmp_path,
@@ -173,8 +184,8 @@ def test_sources_that_are_not_there_or_hold_nothing(tmp_path):
     for source, said in [
         (tmp_path / "no.jsonl", "is not there"),
         ("hotpotqa/other", "is not there"),
-        (tmp_path / "empty", "no question found"),
-        (written(tmp_path, "", name="e.jsonl"), "no question found"),
+        (tmp_path / "empty", "no record found"),
+        (written(tmp_path, "", name="e.jsonl"), "no record found"),
         (written(tmp_path, "[", name="e.json"), "cannot be read"),
         (written(tmp_path, "3", name="n.json"), "must hold a list of records, got int"),
         (written(tmp_path, "text", name="z.jsonl.gz"), "cannot be read"),
@@ -182,7 +193,7 @@ def test_sources_that_are_not_there_or_hold_nothing(tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             read_questions(source)
-    with pytest.raises(ValueError, match=r"no question found in the source: bad\.jsonl line 1"):
+    with pytest.raises(ValueError, match=r"no record found in the source: bad\.jsonl line 1"):
         read_questions(written(tmp_path, "{", name="bad.jsonl"), on_error="skip")
 
 

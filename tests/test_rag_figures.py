@@ -17,6 +17,8 @@ EVENTS = pd.DataFrame(
             "kept": 1,
             "pieces": ["It", " is", "\n", "$x^{2", "你"],
             "entropy": [2.0, 1.0, 0.5, 0.2, 0.1],
+            "values": [0.0, 2.5, 0.0, 0.4, 0.0],
+            "threshold": 1.5,
             "windows": [],
         },
         {
@@ -25,6 +27,8 @@ EVENTS = pd.DataFrame(
             "kept": 1,
             "pieces": [" Ann"],
             "entropy": [0.3],
+            "values": [],
+            "threshold": 1.5,
             "windows": [[10, 20], [40, 45]],
         },
     ]
@@ -90,6 +94,20 @@ def test_a_timeline_has_a_bar_for_every_token_and_a_box_for_every_window():
     assert len(ribbon.collections[0].get_paths()) == 2 and ribbon.get_xlim() == (4, 52)
     figure.canvas.draw()
     assert "1 of 5 kept" in draft.get_title(loc="left") and "from token 1 on" in written.get_title(loc="left")
+
+
+def test_a_timeline_shows_what_the_trigger_read_and_where_the_answer_went_back():
+    draft, written, _ = timeline(QUESTION, EVENTS).axes
+    assert draft.collections[0].get_offsets()[:, 1].tolist() == EVENTS["values"][0]
+    colors = [tuple(color) for color in draft.collections[0].get_facecolor()]
+    assert [color == colors[1] for color in colors] == [False, True, False, False, False], "one value is above it"
+    assert [(set(line.get_xdata()), set(line.get_ydata())) for line in draft.lines] == [
+        ({0, 1}, {1.5}),
+        ({0.5}, {0, 1}),
+    ]
+    assert not written.lines and not written.collections, "what was looked up is under no trigger"
+    plain = EVENTS.assign(values=[[], []], threshold=float("nan"))
+    assert len(timeline(QUESTION, plain).axes[0].lines) == 1, "a trigger without values"
 
 
 def test_without_events_there_is_no_timeline():

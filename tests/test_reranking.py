@@ -128,6 +128,22 @@ def test_what_cannot_be_ranked_is_refused_before_any_pass(model, index):
         rerank(model, {"q0": QUESTION}, GOLD, index, other)
 
 
+def test_a_passage_too_long_stops_all_before_any_pass(model, tmp_path, monkeypatch):
+    from dhlens.recipes import reranking
+
+    monkeypatch.setattr(reranking, "read_passages", lambda *args, **options: pytest.fail("a pass was made"))
+    tome = Passage("tome", "Tome", "A miller had a sluice. " * 400)
+    index = Index.of([*PASSAGES, tome], tmp_path / "index")
+    questions = {"q0": QUESTION, "q1": "Who had a sluice?"}
+    with pytest.raises(ValueError, match=r"question 'q1': .* beyond the model's .* 'tome'"):
+        rerank(model, questions, GOLD, index, POLICIES, candidates=1, progress=False)
+
+
+def test_recall_is_told_as_far_as_there_are_candidates(made_up):
+    few = Reranking(made_up.recall.assign(candidates=12), made_up.card)
+    assert [note[:12] for note in few.notes()[1:3]] == ["Recall at 10", "Recall at 10"]
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DHLENS_CACHE", str(tmp_path / "cache"))
     tiny.reader().save_pretrained(tmp_path / "tiny")
@@ -158,10 +174,18 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     first = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert "2 questions" in first and "predicted" in first and "query" in first
     assert CliRunner().invoke(app, ["show", str(tmp_path / "run")], catch_exceptions=False).stdout == first
-    monkeypatch.setattr("sys.argv", ["dhlens", *command, "--fit", "nowhere"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "nowhere is no dhlens run" in capsys.readouterr().err
+    for refused, said in [
+        (["--fit", "nowhere"], "nowhere is no dhlens run"),
+        (["--candidates", "0"], "needs a question, a candidate"),
+        (["--gold", str(tmp_path / "half.jsonl")], "every question needs gold passages"),
+        (["--policies", "oracle"], "--policies must be one of predicted"),
+    ]:
+        (tmp_path / "half.jsonl").write_text(json.dumps({"question_id": "other", "gold": ["x"]}))
+        monkeypatch.setattr("sys.argv", ["dhlens", *command, "--out", str(tmp_path / "late"), *refused])
+        with pytest.raises(SystemExit):
+            main()
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "late-fit").exists(), "nothing was observed"
 
 
 def test_gold_that_the_corpus_lacks_is_refused(model, index):

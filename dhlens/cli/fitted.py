@@ -7,8 +7,8 @@ from typing import Any
 from dhlens.cli import options as o
 
 
-def asked_and_fitted(given: Mapping[str, Any], *, progress: bool) -> tuple[Any, list[Any], Any]:
-    """The loaded model, the questions to ask, and the trace of others that share no gold document with these.
+def questions(given: Mapping[str, Any]) -> tuple[Any, list[Any], Any]:
+    """The loaded model, the questions to ask, and others that share no gold document with these; for `trace`.
 
     `given` holds the command's arguments by name: those of the questions, and fit, a number or a finished scan.
 
@@ -43,11 +43,18 @@ def asked_and_fitted(given: Mapping[str, Any], *, progress: bool) -> tuple[Any, 
     heads = model.n_layers * model.n_heads
     if given["k"] > heads:
         raise ValueError(f"--k must lie within 1..{heads}, the heads of the model, got {given['k']}")
-    if earlier is None:
-        earlier = _observed(model, episodes[:others], beside(given["out"], "fit"), room, progress)
+    fitted = episodes[:others] if earlier is None else earlier.episodes
     # groups are named within one reading of a file: those of a scan of another file are known by their documents
-    known = {one for e in earlier.episodes for one in (e.group, e.id, *_gold_documents(e))}
-    return model, [e for e in episodes if known.isdisjoint((e.group, e.id, *_gold_documents(e)))][:n], earlier
+    known = {one for e in fitted for one in (e.group, e.id, *_gold_documents(e))}
+    asked = [e for e in episodes if known.isdisjoint((e.group, e.id, *_gold_documents(e)))][:n]
+    return model, asked, fitted if earlier is None else earlier
+
+
+def trace(given: Mapping[str, Any], model: Any, others: Any, *, progress: bool) -> Any:
+    """The trace of the other questions: read now, in a folder of their own, where it is not that of a finished scan."""
+    if not isinstance(others, list):
+        return others
+    return _observed(model, others, beside(given["out"], "fit"), given["max_new_tokens"], progress)
 
 
 def _gold_documents(episode: Any) -> set[tuple[int, ...]]:

@@ -34,6 +34,10 @@ Questions = Annotated[
     str | None,
     typer.Option(help="File or folder of HotpotQA, 2WikiMultihopQA or MuSiQue, or hotpotqa/hotpot_qa; default: ours."),
 ]
+Asked = Annotated[int, typer.Option("--n", help="Questions; fewer where some share a gold document with a fitted one.")]
+Fit = Annotated[str, typer.Option(help="How many other questions the heads are chosen on, or a finished scan of such.")]
+Heads = Annotated[int, typer.Option("--k", help="Heads of each policy.")]
+Broken = Annotated[str, typer.Option(help="Broken records: raise (stop) or skip (leave out).")]
 Length = Annotated[int | None, typer.Option(help="Most tokens of a prompt; distractors are left out to fit.")]
 Repeat = Annotated[bool, typer.Option(help="Repeat a haystack that is too short.")]
 Seed = Annotated[int, typer.Option(help="Of every draw.")]

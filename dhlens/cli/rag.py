@@ -8,24 +8,17 @@ import typer
 from dhlens.cli import options as o
 from dhlens.cli.show import say
 
-_TRIGGERS = ("rind", "rind-published", "entropy", "every")
-_VISIBILITIES = ("mask", "mask_decode", "concat", "retrieve")
-
 
 def rag(
     model: o.Model = "smollm2-135m",
     questions: o.Questions = None,
-    n: Annotated[
-        int, typer.Option(help="Questions asked; fewer where some share a gold document with a fitted one.")
-    ] = 20,
-    fit: Annotated[
-        str, typer.Option(help="How many other questions probe and static heads are fitted on, or a finished scan.")
-    ] = "20",
+    n: o.Asked = 20,
+    fit: o.Fit = "20",
     length: o.Length = None,
     template: o.Template = "chat",
     template_kwargs: o.TemplateKwargs = None,
     policies: Annotated[str, typer.Option(help="Who chooses, comma-separated; default: all.")] = "",
-    k: Annotated[int, typer.Option("--k", help="Heads of each policy.")] = 5,
+    k: o.Heads = 5,
     triggers: Annotated[str, typer.Option(help="rind, rind-published, entropy, every; comma-separated.")] = "rind",
     threshold: Annotated[float, typer.Option(help="Of rind.")] = 1.0,
     threshold_published: Annotated[float, typer.Option(help="Of rind-published.")] = 0.1,
@@ -37,7 +30,7 @@ def rag(
     reach: Annotated[int, typer.Option(help="Tokens on each side of a peak.")] = 64,
     corpus: Annotated[Path | None, typer.Option(help="Passages for retrieve: records of id, title, text.")] = None,
     gold: Annotated[Path | None, typer.Option(help="Which passages answer which question, for their recall.")] = None,
-    broken: Annotated[str, typer.Option(help="Broken records: raise (stop) or skip (leave out).")] = "raise",
+    broken: o.Broken = "raise",
     seed: o.Seed = 0,
     max_new_tokens: o.MaxNewTokens = 32,
     out: o.Out = Path("runs/rag"),
@@ -50,28 +43,31 @@ def rag(
     given = dict(locals())
     from dhlens.choosers import CHOOSERS, reasoning_policies
     from dhlens.cli import fitted
+    from dhlens.inquiry import ELSEWHERE
+    from dhlens.lookup import VISIBILITIES
     from dhlens.recipes import rag as run_rag
     from dhlens.recipes.passages import CorpusLookup
     from dhlens.triggers import RIND, MeanEntropy, every_sentence
     from dhlens.windows import Windows
 
     wanted = o.some_of("policies", policies or ",".join(CHOOSERS), CHOOSERS)
-    shown = o.some_of("visibilities", visibilities, _VISIBILITIES)
+    shown = o.some_of("visibilities", visibilities, (*VISIBILITIES, ELSEWHERE))
     known = {
         "rind": RIND(threshold),
         "rind-published": RIND(threshold_published, "published"),
         "entropy": MeanEntropy(threshold_entropy),
         "every": every_sentence,
     }
-    chosen = {name: known[name] for name in o.some_of("triggers", triggers, _TRIGGERS)}
+    chosen = {name: known[name] for name in o.some_of("triggers", triggers, [*known])}
     windows = Windows(reach=reach, budget=budget)
-    if ("retrieve" in shown) != (corpus is not None):
+    if (ELSEWHERE in shown) != (corpus is not None):
         raise ValueError("--visibilities retrieve and --corpus go together: passages need a file, and a file a use")
     if gold is not None and corpus is None:
         raise ValueError("--gold says which passages of a corpus answer a question: give --corpus as well")
     elsewhere = None if corpus is None else CorpusLookup(*fitted.corpus(given))
     progress = not (quiet or as_json)
-    loaded, asked, trace = fitted.asked_and_fitted(given, progress=progress)
+    loaded, asked, others = fitted.questions(given)
+    trace = fitted.trace(given, loaded, others, progress=progress)
     choosers = reasoning_policies(trace, k=k, seed=seed)
     result = run_rag(
         loaded,

@@ -8,27 +8,23 @@ import typer
 from dhlens.cli import options as o
 from dhlens.cli.show import say
 
-_POLICIES = ("predicted", "static", "by step", "dynamic random", "fixed random", "all heads")
-
 
 def rerank(
     corpus: Annotated[Path, typer.Option(help="Passages: records of id, title, text.")],
     gold: Annotated[Path, typer.Option(help="Which passages answer which question: question_id, gold.")],
     model: o.Model = "smollm2-135m",
     questions: o.Questions = None,
-    n: Annotated[int, typer.Option(help="Questions; fewer where some share a gold document with a fitted one.")] = 20,
-    fit: Annotated[
-        str, typer.Option(help="How many other questions the heads are chosen on, or a finished scan of such.")
-    ] = "20",
+    n: o.Asked = 20,
+    fit: o.Fit = "20",
     length: o.Length = None,
     template: o.Template = "chat",
     template_kwargs: o.TemplateKwargs = None,
     policies: Annotated[str, typer.Option(help="Who ranks, comma-separated; default: all.")] = "",
     query: Annotated[bool, typer.Option(help="QRHead's heads as well.")] = True,
-    k: Annotated[int, typer.Option("--k", help="Heads of each.")] = 5,
+    k: o.Heads = 5,
     candidates: Annotated[int, typer.Option(help="Passages that BM25 finds, which are ranked again.")] = 40,
     per_prompt: Annotated[int, typer.Option(help="Candidates in one prompt.")] = 10,
-    broken: Annotated[str, typer.Option(help="Broken records: raise (stop) or skip (leave out).")] = "raise",
+    broken: o.Broken = "raise",
     seed: o.Seed = 0,
     max_new_tokens: o.MaxNewTokens = 32,
     out: o.Out = Path("runs/rerank"),
@@ -39,21 +35,26 @@ def rerank(
 ) -> None:
     """Rank BM25's candidates again by the attention of heads, and compare recall of the gold passages."""
     given = dict(locals())
-    from dhlens.choosers import reasoning_policies
+    from dhlens.choosers import CHOOSERS, reasoning_policies
     from dhlens.cli import fitted
     from dhlens.recipes import rerank as run_rerank
+    from dhlens.recipes.reranking import check_ranking
 
-    wanted = o.some_of("policies", policies or ",".join(_POLICIES), _POLICIES)
+    able = [name for name in CHOOSERS if name != "oracle"]  # which needs supporting facts, and candidates have none
+    wanted = o.some_of("policies", policies or ",".join(able), able)
     index, known = fitted.corpus(given)
     progress = not (quiet or as_json)
-    loaded, asked, trace = fitted.asked_and_fitted(given, progress=progress)
+    loaded, asked, others = fitted.questions(given)
+    texts = {e.id: str(e.meta["question"]) for e in asked}
+    check_ranking(texts, known, index, candidates=candidates, per_prompt=per_prompt)
+    trace = fitted.trace(given, loaded, others, progress=progress)
     chosen = reasoning_policies(trace, k=k, seed=seed)
     heads = {}
     if query:
         heads["query"] = fitted.query_heads(loaded, trace.episodes, k, fitted.beside(out, "query"), progress=progress)
     result = run_rerank(
         loaded,
-        {e.id: str(e.meta["question"]) for e in asked},
+        texts,
         known,
         index,
         {name: chosen[name] for name in wanted},

@@ -36,6 +36,29 @@ from dhlens.triggers import Draft, is_content
 from dhlens.views import prompt_view
 
 
+def passage_prompts(model: Model, question: str, passages: Sequence[Passage], *, per_prompt: int = 10) -> list[Episode]:
+    """The question over the passages, a few in each prompt, in their order.
+
+    Raises:
+        ValueError: no passage, `per_prompt` below 1, or a prompt beyond the model.
+    """
+    if not passages or per_prompt < 1:
+        raise ValueError(f"there must be passages, and at least 1 a prompt, got {len(passages)} and {per_prompt}")
+    prompts = []
+    for at in range(0, len(passages), per_prompt):
+        part = passages[at : at + per_prompt]
+        prompt = over_documents(model.tokenizer, question, [passage.document for passage in part], id="passages")
+        if len(prompt.tokens) > model.max_positions:
+            longest = max(part, key=lambda passage: len(passage.text))
+            raise ValueError(
+                f"{len(part)} passages make a prompt of {len(prompt.tokens):,} tokens, beyond the model's "
+                f"{model.max_positions:,} positions: put fewer in a prompt (per_prompt), or leave the longest, "
+                f"{longest.id!r}, out of the corpus"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
 def read_passages(
     model: Model,
     question: str,
@@ -48,15 +71,12 @@ def read_passages(
     """The value of every passage under every policy, and under every set of query heads.
 
     Raises:
-        ValueError: no passage, `per_prompt` below 1, or a prompt beyond the model.
+        ValueError: see `passage_prompts`.
     """
-    if not passages or per_prompt < 1:
-        raise ValueError(f"there must be passages, and at least 1 a prompt, got {len(passages)} and {per_prompt}")
     names = [*policies, *(query_heads or {})]
     found: dict[str, list[float]] = {name: [] for name in names}
-    for at in range(0, len(passages), per_prompt):
-        part = passages[at : at + per_prompt]
-        asked, null = _observed(model, question, part, policies, calibrated=bool(query_heads))
+    for prompt in passage_prompts(model, question, passages, per_prompt=per_prompt):
+        asked, null = _observed(model, prompt, policies, calibrated=bool(query_heads))
         spans = [span for span in asked.episodes[0].spans if span.name.startswith("doc_")]
         for name, policy in policies.items():
             heads = at_row(policy, asked, 0)
@@ -68,11 +88,9 @@ def read_passages(
 
 
 def _observed(
-    model: Model, question: str, passages: Sequence[Passage], policies: Mapping[str, Policy], *, calibrated: bool
+    model: Model, episode: Episode, policies: Mapping[str, Policy], *, calibrated: bool
 ) -> tuple[Trace, Trace | None]:
     """The rows from the question on, of the question and of the one that asks for nothing."""
-    documents = [passage.document for passage in passages]
-    episode = over_documents(model.tokenizer, question, documents, id="passages")
     asked = query_episodes([episode])
     if calibrated:
         null = torch.tensor(model.tokenizer(NULL, add_special_tokens=False)["input_ids"])

@@ -30,7 +30,7 @@ from dhlens.card import RunCard, digest
 from dhlens.heads import HeadSet
 from dhlens.model import Model
 from dhlens.policies import Policy
-from dhlens.recipes.passages import read_passages
+from dhlens.recipes.passages import passage_prompts, read_passages
 from dhlens.render import Report, report
 from dhlens.render.rag import recall_curves
 from dhlens.stats import grouped_mean, holm
@@ -89,7 +89,7 @@ class Reranking:
             f"their gold passages are among the candidates ({bm25['candidates'].mean():.0f} on average)."
         ]
         recall = self.tables["summary"].pivot(index="passages", columns="ranking", values="recall")
-        for k in (10, 20):
+        for k in [k for k in (10, 20) if k <= bm25["candidates"].max()]:
             ranked = recall.loc[k].sort_values(ascending=False)
             said = ", ".join(f"{name} {value:.3f}" for name, value in ranked.items())
             share = (k / bm25["candidates"].where(bm25["candidates"] > 0)).clip(upper=1)
@@ -175,9 +175,11 @@ def rerank(
 
     Raises:
         ValueError: no question, one without gold passages or with some that the corpus lacks, a policy of another
-            model; or see `read_passages` and `store.Run.open`.
+            model; or see `passage_prompts` and `store.Run.open`.
     """
-    _check(model, questions, gold, index, policies, candidates=candidates, per_prompt=per_prompt)
+    check_ranking(questions, gold, index, candidates=candidates, per_prompt=per_prompt)
+    for policy in policies.values():
+        policy.check(model.card, model.shape)
     card = model.card.with_settings(
         recipe="rerank",
         questions=digest(*questions, *questions.values()),
@@ -192,13 +194,14 @@ def rerank(
     if run is not None and run.finished:
         return Reranking.load(run.folder)
     groups = dict(zip(questions, joined([*questions], [sorted(gold[name]) for name in questions]), strict=True))
+    found_for = _found(model, questions, index, candidates, per_prompt, progress=progress)
     parts = []
     with run.alone() if run else nullcontext():
         for name, question in tqdm(questions.items(), desc="rerank", unit="question", disable=not progress):
             if run and run.done(name):
                 parts.append(run.load_part(name))
                 continue
-            found = [passage for passage, _ in index.search(question, candidates)]
+            found = found_for[name]
             read = {"query_heads": query_heads, "per_prompt": per_prompt}
             values = {name: empty(0) for name in (*policies, *(query_heads or {}))}
             values |= read_passages(model, question, found, policies, **read) if found else {}
@@ -212,16 +215,19 @@ def rerank(
     return result
 
 
-def _check(
-    model: Model,
+def check_ranking(
     questions: Mapping[str, str],
     gold: Mapping[str, frozenset[str]],
     index: Index,
-    policies: Mapping[str, Policy],
     *,
     candidates: int,
     per_prompt: int,
 ) -> None:
+    """Refuse what `rerank` cannot do with these arguments, which are its own.
+
+    Raises:
+        ValueError: no question or no candidate, a question without gold passages or with some that the corpus lacks.
+    """
     if not questions or candidates < 1 or per_prompt < 1:
         raise ValueError(
             "ranking needs a question, a candidate, and at least 1 of them a prompt, got "
@@ -236,8 +242,21 @@ def _check(
             f"gold passages must be in the corpus: {len(elsewhere)} are not, {elsewhere[0]!r} among them; "
             "the gold file belongs to another corpus"
         )
-    for policy in policies.values():
-        policy.check(model.card, model.shape)
+
+
+def _found(
+    model: Model, questions: Mapping[str, str], index: Index, candidates: int, per_prompt: int, *, progress: bool
+) -> dict[str, list[Passage]]:
+    """The candidates of every question; there is room for them in the prompts."""
+    found: dict[str, list[Passage]] = {}
+    for name, question in tqdm(questions.items(), desc="candidates", unit="question", disable=not progress):
+        found[name] = [passage for passage, _ in index.search(question, candidates)]
+        try:
+            if found[name]:
+                passage_prompts(model, question, found[name], per_prompt=per_prompt)
+        except ValueError as error:
+            raise ValueError(f"question {name!r}: {error}") from error
+    return found
 
 
 def _recalls(gold: frozenset[str], passages: list[Passage], values: Mapping[str, Tensor]) -> pd.DataFrame:

@@ -63,7 +63,8 @@ class Rag:
     fact_tokens."""
     events: pd.DataFrame
     """One row per thing written on the way: event, kind ("draft", "looked up"), step, kept (tokens), pieces and entropy
-    (by token), windows (token runs of the prompt), passages, heads, facts."""
+    (by token), values (of a draft's tokens, which the trigger compares with its threshold) and threshold, where it has
+    them, windows (token runs of the prompt), passages, heads, facts."""
     looks: pd.DataFrame
     """One row per question, policy and budget at the answer's first token: heads, visible, facts, fact_tokens."""
     leak: pd.DataFrame

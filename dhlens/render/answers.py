@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dhlens.arms import referred
 from dhlens.render.conditions import styles
 from dhlens.render.draw import BLUE, GREY, INK, need
 
@@ -102,9 +103,8 @@ def answer_curves(summary: pd.DataFrame) -> Figure:
 
 def _panel(summary: pd.DataFrame, trigger: str, visibility: str, order: Sequence[str]) -> pd.DataFrame:
     """The rows of a panel, one a policy in this order; empty ones where an arm was not run."""
-    seen = "concat" if visibility == "retrieve" else visibility
     here = (summary["trigger"] == trigger) & (summary["visibility"] == visibility)
-    never = (summary["trigger"] == "never") & (summary["visibility"] == seen)
+    never = (summary["trigger"] == "never") & (summary["visibility"] == referred(visibility))
     return summary.loc[here | never].set_index("policy").reindex(order).reset_index()
 
 

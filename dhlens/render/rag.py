@@ -43,6 +43,9 @@ def selection_curves(selection: pd.DataFrame) -> Figure:
 def timeline(question: pd.Series, events: pd.DataFrame) -> Figure:
     """How one answer came about: each thing written with its tokens' entropy, and what was visible for it.
 
+    Over a draft stand the values of its trigger and their threshold, where it has them, and a line where the answer
+    went back to look something up.
+
     Args:
         question: a row of `Rag.questions`.
         events: the rows of `Rag.events` of that question and one arm, in order.
@@ -50,7 +53,7 @@ def timeline(question: pd.Series, events: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing, or there is no event.
     """
-    need(events, "kind", "step", "kept", "pieces", "entropy", "windows")
+    need(events, "kind", "step", "kept", "pieces", "entropy", "values", "threshold", "windows")
     if events.empty:
         raise ValueError("a timeline needs the events of one question in one arm, got none")
     n = len(events)
@@ -58,7 +61,7 @@ def timeline(question: pd.Series, events: pd.DataFrame) -> Figure:
     width = min(max(WIDTH, 1.6 + 0.27 * longest), 12)
     figure = Figure(figsize=(width, 1.75 * n + 1.1), layout="constrained")
     grid = figure.subplots(n + 1, 1, squeeze=False, height_ratios=[1.75] * n + [0.6])[:, 0]
-    top = max([max(e, default=0) for e in events["entropy"]] + [1.0])
+    top = max([max(e, default=0) for name in ("entropy", "values") for e in events[name]] + [1.0])
     for axes, event in zip(grid, events.to_dict("records"), strict=False):
         _written(axes, event, longest, top)
     _ribbon(grid[-1], question, events)
@@ -142,8 +145,10 @@ def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str
         question, events, arm = example
         found["One answer"] = (
             timeline(question, events),
-            f"{arm}. Bars are the entropy of each token's distribution; pale is what was not kept. Below, the "
-            "documents of the context, the supporting facts in green, and the windows of each lookup in orange.",
+            f"{arm}. Bars are the entropy of each token's distribution; pale is what was not kept. Diamonds are what "
+            "the trigger compares with its threshold (dashed), orange above it; the orange line is where the answer "
+            "went back. Below, the documents of the context, the supporting facts in green, and the windows of each "
+            "lookup in orange.",
         )
     if "leak" in tables:
         found["What hidden text still says"] = (
@@ -159,7 +164,13 @@ def _written(axes: Axes, event: Mapping[str, Any], longest: int, top: float) -> 
     pieces, entropy, kept = event["pieces"], event["entropy"], event["kept"]
     colors = [BLUE if i < kept else "#C9CED3" for i in range(len(pieces))]
     axes.bar(range(len(pieces)), entropy, color=colors, width=0.8)
-    axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, top * 1.05), ylabel="entropy (nats)")
+    if len(event["values"]):
+        hit = [ORANGE if value > event["threshold"] else GREY for value in event["values"]]
+        axes.scatter(range(len(pieces)), event["values"], c=hit, marker="D", s=14, zorder=3)
+        axes.axhline(event["threshold"], color=GREY, ls="--", lw=0.8)
+    if event["kind"] == "draft" and kept < len(pieces):
+        axes.axvline(kept - 0.5, color=ORANGE, lw=1.5)
+    axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, top * 1.05), ylabel="nats")
     axes.set_xticks(range(len(pieces)), [tick(p) for p in pieces], rotation=60, ha="right", fontsize=7)
     for label in axes.get_xticklabels()[kept:]:
         label.set_color(GREY)

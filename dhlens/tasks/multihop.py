@@ -134,7 +134,7 @@ def _named(documents: Sequence[Document], title: str, sentence: Any) -> tuple[in
     titled = [i for i, document in enumerate(documents) if document.title == title]
     if not titled:
         raise ValueError(f"a supporting fact names {title!r}, and no document with text is called so")
-    if not isinstance(sentence, int):
+    if not isinstance(sentence, int) or isinstance(sentence, bool):
         raise ValueError(f"a supporting fact must name a sentence by its number, got {sentence!r}")
     holding = [i for i in titled if 0 <= sentence < len(s := documents[i].sentences) and s[sentence].strip()]
     if len(holding) > 1:

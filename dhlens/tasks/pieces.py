@@ -149,9 +149,8 @@ def finished(
         left_out += made is None
         drafts += [made] if made is not None else []
     if len(drafts) < (n or 1):
-        raise ValueError(
-            f"{n or 1} questions are asked for, found {len(order)}; the evidence of {left_out} does not fit the length"
-        )
+        short = f", and the evidence of {left_out} does not fit the length" if left_out else ""
+        raise ValueError(f"{n or 1} questions are asked for, the source has {len(order)}{short}")
     episodes = [made.episode(tokenizer, left_out=left_out) for made in drafts]
     for episode in episodes:
         if max_positions is not None and len(episode.tokens) > max_positions:

@@ -5,6 +5,7 @@ left out and warned of at the end, as asked. Text comes in Unicode's composed fo
 themselves could not give anything else back. Files are read whole.
 """
 
+import codecs
 import gzip
 import json
 import unicodedata
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 Record = tuple[str, Any]
-"""Where it stands ("dev.jsonl line 3"), and the record; a line that is no JSON as the ValueError that says so."""
+"""Where it stands ("dev.jsonl line 3"), and the record; a line that is no JSON, or no UTF-8, as the ValueError that
+says so."""
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
@@ -54,12 +56,11 @@ def records_of(source: str | Path) -> Iterator[Record]:
 def _file_records(path: Path) -> Iterator[Record]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-        rows = None if ".jsonl" in path.name else json.loads(text)
+        rows = None if ".jsonl" in path.name else json.loads(raw)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if rows is None:
-        lines = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+        lines = ((i, line) for i, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1) if line.strip())
         yield from ((f"{path.name} line {i}", _parsed(line)) for i, line in lines)
     elif isinstance(rows, list):
         yield from ((f"{path.name} record {i}", row) for i, row in enumerate(rows, 1))
@@ -67,10 +68,12 @@ def _file_records(path: Path) -> Iterator[Record]:
         raise ValueError(f"{str(path)!r} must hold a list of records, got {type(rows).__name__}")
 
 
-def _parsed(line: str) -> Any:
+def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return ValueError(f"no UTF-8: {error}")
+    except ValueError as error:
         return ValueError(f"broken JSON: {error}")
 
 
@@ -102,7 +105,7 @@ def collect(
             if on_error == "raise":
                 raise ValueError(flaws[0]) from error
     if not found:
-        raise ValueError("no question found in the source" + (f": {flaws[0]}" if flaws else ""))
+        raise ValueError("no record found in the source" + (f": {flaws[0]}" if flaws else ""))
     if flaws:
         warnings.warn(f"{len(flaws)} broken records left out: {'; '.join(flaws)}", stacklevel=4)
     return list(found.values())
@@ -129,10 +132,12 @@ def composed(value: Any, field: str) -> str:
     """`value` in composed form; `field` says what it is.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is no text, or holds half of a character (a surrogate without its other half).
     """
     if not isinstance(value, str):
         raise ValueError(f"{field} must be text, got {value!r:.80}")
+    if half := next((c for c in value if "\ud800" <= c <= "\udfff"), None):
+        raise ValueError(f"{field} must be text of whole characters, got half of one, {half!r}, in {value!r:.80}")
     return unicodedata.normalize("NFC", value)
 
 
