@@ -21,6 +21,8 @@ import pandas as pd
 from dhlens.stats import grouped_difference, grouped_mean, holm, mcnemar, sign_flip
 
 ARM = ["trigger", "visibility", "policy"]
+ELSEWHERE = "retrieve"
+"""The visibility of a corpus in place of the context."""
 _POWER = 2.8
 """Standard errors between no difference and one found with 80 % power at 5 %: 1.96 + 0.84."""
 
@@ -45,9 +47,9 @@ def answer_summary(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def referred(visibility: str) -> str:
+def reference_visibility(visibility: str) -> str:
     """Where the references of a visibility stand: passages come in a new prompt, as windows do in "concat"."""
-    return "concat" if visibility == "retrieve" else visibility
+    return "concat" if visibility == ELSEWHERE else visibility
 
 
 def selection(looks: pd.DataFrame, *, seed: int) -> pd.DataFrame:
@@ -79,7 +81,7 @@ def contrasts(
     rows = [{**row, "trigger": "-", "visibility": "-"} for row in paired(at_budget, primary[0], ["facts"], seed=seed)]
     tried = answers.loc[answers["policy"] == primary[0]].drop_duplicates(["trigger", "visibility"])
     for trigger, visibility in tried[["trigger", "visibility"]].itertuples(index=False):
-        never = (answers["trigger"] == "never") & (answers["visibility"] == referred(visibility))
+        never = (answers["trigger"] == "never") & (answers["visibility"] == reference_visibility(visibility))
         here = (answers["trigger"] == trigger) & (answers["visibility"] == visibility)
         found = paired(answers.loc[here | never], primary[0], ["f1", "em"], seed=seed)
         rows += [{**row, "trigger": trigger, "visibility": visibility} for row in found]

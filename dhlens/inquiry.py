@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dhlens.answering import Answer, Arm, answer
-from dhlens.arms import referred
+from dhlens.arms import ELSEWHERE, reference_visibility
 from dhlens.episode import Episode
 from dhlens.heads import HeadSet, head_name
 from dhlens.lookup import VISIBILITIES, ContextLookup, Found, Lookup
@@ -27,14 +27,12 @@ from dhlens.model import Model
 from dhlens.policies import Policy
 from dhlens.stream import HFStream
 from dhlens.tables import marks
-from dhlens.triggers import Trigger, never
+from dhlens.triggers import Trigger, never, reading
 from dhlens.views import View, first_logits, hidden_in_decode, masked
 from dhlens.windows import Windows
 
 REFERENCES = ("none", "full", "gold")
 """What is visible from beginning to end: nothing of the context, all of it, the supporting facts."""
-ELSEWHERE = "retrieve"
-"""The visibility of a corpus in place of the context."""
 CONTROLS = ("random windows", "first tokens")
 """Selections that look at no head."""
 SHARES = (0.0, 0.01, 0.1, 1.0)
@@ -86,14 +84,15 @@ def inquire(model: Model, full: HFStream, episode: Episode, asked: Inquiry, *, l
     references, lookups = _references(lookup, asked), _lookups(model, lookup, asked)
     arms = {arm: found.view for arm, found in references.items()}
     for visibility in asked.visibilities:
-        start = arms[Arm("never", referred(visibility), "none")]
+        start = arms[Arm("never", reference_visibility(visibility), "none")]
         unable = getattr(asked.corpus, "without", ()) if visibility == ELSEWHERE else ()
         chosen = [name for name in asked.policies if name not in unable]
         arms |= {Arm(t, visibility, p): start for t in asked.triggers for p in chosen}
+    triggers = {**asked.triggers, "never": never}
     answers = answer(
         model,
         arms,
-        triggers={**asked.triggers, "never": never},
+        triggers=triggers,
         lookups=lookups,
         max_new_tokens=asked.max_new_tokens,
         read=asked.reads,
@@ -104,8 +103,7 @@ def inquire(model: Model, full: HFStream, episode: Episode, asked: Inquiry, *, l
     for arm, one in answers.items():
         row = named | arm._asdict()
         rows["answers"].append(row | _answer_row(model, episode, one, references.get(arm)))
-        events = _events(one, asked.triggers.get(arm.trigger, never))
-        rows["events"] += [row | {"event": i, **event} for i, event in enumerate(events)]
+        rows["events"] += [row | {"event": i, **event} for i, event in enumerate(_events(one, triggers[arm.trigger]))]
     rows["looks"] = [named | row for row in _looks(lookup, asked)]
     if leaks:
         rows["leak"] = [named | row for row in _leaks(model, episode, lookup, asked)]
@@ -139,7 +137,7 @@ def _references(lookup: ContextLookup, asked: Inquiry) -> dict[Arm, Found]:
         if fnmatchcase(span.name, "fact_*"):
             shown["gold"][span.start : span.stop] = True
     no_heads = HeadSet([], lookup.shape)
-    kinds = dict.fromkeys(map(referred, asked.visibilities))
+    kinds = dict.fromkeys(map(reference_visibility, asked.visibilities))
     return {
         Arm("never", kind, name): lookup.found(kind, visible, no_heads)
         for kind in kinds
@@ -172,17 +170,17 @@ def _answer_row(model: Model, episode: Episode, one: Answer, reference: Found | 
 
 
 def _events(one: Answer, trigger: Trigger) -> Iterator[dict[str, Any]]:
-    values = getattr(trigger, "values", None)
     for event in one.events:
         draft, found = event.draft, event.found
+        values, threshold = reading(trigger, draft) if found is None else ([], np.nan)
         yield {
             "kind": "draft" if found is None else "looked up",
             "step": event.step,
             "kept": event.kept,
             "pieces": draft.pieces(),
             "entropy": [round(x, 4) for x in draft.entropy.tolist()],
-            "values": [round(x, 4) for x in values(draft).tolist()] if values and found is None else [],
-            "threshold": getattr(trigger, "threshold", np.nan),
+            "values": values,
+            "threshold": threshold,
             "windows": [list(run) for run in found.windows] if found else [],
             "passages": list(found.passages) if found else [],
             "heads": [head_name(head) for head in found.heads] if found else [],

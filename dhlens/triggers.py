@@ -6,16 +6,21 @@ A trigger takes a `Draft` and returns the draft's token at which to go back, the
     at = rind(draft)
 
 `MeanEntropy` asks for the mean uncertainty of a sentence alone, `every_sentence` always looks up, `never` does not.
-Your own is a function; `values` and `threshold`, where it has them as those two do, are drawn in an answer's timeline.
+Your own is a function. If it has `values`, a number for each token, and a `threshold`, as those two have, they are
+drawn in an answer's timeline.
 No model is seen; cost: some text work on a few dozen tokens.
 
 Source: Su et al. 2024 (DRAGIN, arXiv 2403.10081), section 3.1 and its published code; they differ, see `RIND`.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue] - compiled, without types
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
@@ -182,6 +187,38 @@ def every_sentence(draft: Draft) -> int | None:
 def never(draft: Draft) -> int | None:
     """None."""
     return None
+
+
+def reading(trigger: Trigger, draft: Draft) -> tuple[list[float], float]:
+    """What a trigger compares with its threshold, token by token, and that; [] and NaN where it has no `values`.
+
+    Raises:
+        ValueError: its `values` do not give a finite number for each token, or its threshold is no number.
+    """
+    values: Any = getattr(trigger, "values", None)
+    if not callable(values):
+        return [], math.nan
+    try:
+        found = np.asarray(values(draft), dtype=float)
+        threshold = float(getattr(trigger, "threshold", math.nan))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"values and threshold of the trigger {trigger!r} must be numbers: {error}") from error
+    if found.shape != (len(draft.tokens),) or not np.isfinite(found).all():
+        raise ValueError(
+            f"values of the trigger {trigger!r} must be a finite number for each of the draft's {len(draft.tokens)} "
+            f"tokens, got shape {found.shape}"
+        )
+    return found.tolist(), threshold
+
+
+def check_trigger(trigger: Trigger) -> None:
+    """Try the `values` of a trigger on a draft of two words.
+
+    Raises:
+        ValueError: see `reading`.
+    """
+    two = torch.ones(2)
+    reading(trigger, Draft((0, 1), "Two words", (0, 3), two, stopped=True, attention=torch.eye(2), alone=two))
 
 
 def _first_hit(draft: Draft, hits: Bool[Tensor, " token"]) -> int | None:

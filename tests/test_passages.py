@@ -1,5 +1,7 @@
 """Passages read through heads, against the plain model's attention; the visibility "retrieve"."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ from toy_passages import HEADS, PASSAGES, QUESTION
 from toy_tokenizers import byte_level
 
 import dhlens as dh
-from dhlens.recipes import rag
+from dhlens.recipes import passages, rag
 from dhlens.recipes.passages import CorpusLookup, passage_prompts, read_passages
 from dhlens.tasks.corpus import Index, Passage
 from dhlens.tasks.hotpot import episodes, over_documents
@@ -98,12 +100,23 @@ def test_dynamic_retrieval_shows_the_passages_that_heads_rank_first(model, index
     assert event["passages"] == [best.id] and event["facts"] == (0.5 if best.id in ("p0", "p2") else 0)
 
 
-def test_passages_that_no_prompt_holds_are_named_before_any_pass(model):
-    long = Passage("tome", "Tome", "The garden lies by the river. " * 900)
-    with pytest.raises(ValueError, match=r"3 passages make a prompt of .* tokens, beyond .* the longest, 'tome', out"):
-        read_passages(model, QUESTION, [PASSAGES[0], long, PASSAGES[1]], {"static": dh.Static(HEADS)})
+def test_passages_that_no_prompt_holds_are_named_before_any_pass(model, monkeypatch):
+    monkeypatch.setattr(passages, "observe", lambda *args, **options: pytest.fail("a pass was made"))
+    tome = Passage("tome", "The garden lies by the river. " * 900, "It is long.")
+    said = r"4,096 positions, and one with 1 of the passages has 1\d,\d+ tokens, 1\d,\d+ of them .* 'tome': leave that"
+    with pytest.raises(ValueError, match=said):
+        read_passages(model, QUESTION, [*PASSAGES, tome], {"static": dh.Static(HEADS)}, per_prompt=1)
+    with pytest.raises(ValueError, match="for the longest, 'p2'"):
+        read_passages(model, "Why? " * 900, PASSAGES[2:], {})
     prompts = passage_prompts(model, QUESTION, PASSAGES, per_prompt=2)
     assert [sum(s.name.startswith("doc_") for s in e.spans) for e in prompts] == [2, 1]
+
+
+def test_the_question_that_asks_for_nothing_has_room_as_well(model):
+    size = len(passage_prompts(model, "?", PASSAGES)[0].tokens)
+    with pytest.raises(ValueError, match="must fit the model's"):
+        passage_prompts(dataclasses.replace(model, max_positions=size), "?", PASSAGES)
+    assert passage_prompts(dataclasses.replace(model, max_positions=size + len("N/A") - 1), "?", PASSAGES)
 
 
 def test_a_prompt_holds_at_least_one_passage(model):

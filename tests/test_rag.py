@@ -159,6 +159,18 @@ def test_tables_hold_every_question_in_every_arm(result):
     assert (answers["tokens"] <= ROOM).all() and (answers["calls"] >= answers["retrievals"] + 1).all()
 
 
+def test_a_draft_is_kept_with_what_its_trigger_read(result):
+    events = result.events
+    unsure = events.query("trigger == 'unsure' and kind == 'draft'").rename(columns={"values": "compared"})
+    assert (unsure["threshold"] == 0.1).all() and unsure["pieces"].map(len).sum()
+    for row in unsure.itertuples():
+        # sentences share their mean, so that the whole is kept
+        assert sum(row.compared) == pytest.approx(sum(row.entropy), abs=1e-3)
+        assert len(row.compared) == len(row.pieces)
+    others = events.query("trigger != 'unsure' or kind != 'draft'")
+    assert not others["values"].map(len).any() and len(others)
+
+
 def test_all_of_the_context_gives_the_plain_answer_under_every_visibility(model, questions, result):
     plain = dh.generate(model, questions[6:], max_new_tokens=ROOM, progress=False)
     texts = result.answers.query("policy == 'full'").groupby("visibility")["text"].apply(list)

@@ -25,8 +25,8 @@ EVENTS = pd.DataFrame(
             "kind": "looked up",
             "step": 1,
             "kept": 1,
-            "pieces": [" Ann"],
-            "entropy": [0.3],
+            "pieces": [" Ann", "."],
+            "entropy": [0.3, 0.1],
             "values": [],
             "threshold": 1.5,
             "windows": [[10, 20], [40, 45]],
@@ -106,6 +106,12 @@ def test_a_timeline_shows_what_the_trigger_read_and_where_the_answer_went_back()
         ({0.5}, {0, 1}),
     ]
     assert not written.lines and not written.collections, "what was looked up is under no trigger"
+    high = timeline(QUESTION, EVENTS.assign(threshold=9.0)).axes[0]
+    assert high.get_ylim()[1] > 9 and len(set(map(tuple, high.collections[0].get_facecolor()))) == 1
+    assert timeline(QUESTION, EVENTS.assign(values=[[-1.0, 0, 0, 0, 0], []])).axes[0].get_ylim()[0] == -1
+    older = EVENTS.drop(columns=["values", "threshold"])
+    for unread in (older, pd.concat([older, EVENTS]).iloc[:2]):  # a run begun before these were kept
+        assert not timeline(QUESTION, unread).axes[0].collections
     plain = EVENTS.assign(values=[[], []], threshold=float("nan"))
     assert len(timeline(QUESTION, plain).axes[0].lines) == 1, "a trigger without values"
 

@@ -135,13 +135,16 @@ def test_a_passage_too_long_stops_all_before_any_pass(model, tmp_path, monkeypat
     tome = Passage("tome", "Tome", "A miller had a sluice. " * 400)
     index = Index.of([*PASSAGES, tome], tmp_path / "index")
     questions = {"q0": QUESTION, "q1": "Who had a sluice?"}
-    with pytest.raises(ValueError, match=r"question 'q1': .* beyond the model's .* 'tome'"):
-        rerank(model, questions, GOLD, index, POLICIES, candidates=1, progress=False)
+    with pytest.raises(ValueError, match=r"question 'q1': .* for the longest, 'tome'"):
+        rerank(model, questions, GOLD, index, POLICIES, candidates=1, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists(), "so that another corpus or fewer a prompt can go there"
 
 
 def test_recall_is_told_as_far_as_there_are_candidates(made_up):
-    few = Reranking(made_up.recall.assign(candidates=12), made_up.card)
-    assert [note[:12] for note in few.notes()[1:3]] == ["Recall at 10", "Recall at 10"]
+    told = {n: Reranking(made_up.recall.assign(candidates=n), made_up.card).notes()[1:] for n in (5, 12, 30)}
+    assert told[5] == ["No ranking has more than 5 candidates: all are among the first 10."]
+    assert ["Recall at 20" in "".join(told[n]) for n in (12, 30)] == [False, True]
+    assert all("Recall at 10, bm25 less good: -1.000" in "".join(told[n]) for n in (12, 30))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -174,13 +177,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     first = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert "2 questions" in first and "predicted" in first and "query" in first
     assert CliRunner().invoke(app, ["show", str(tmp_path / "run")], catch_exceptions=False).stdout == first
+    (tmp_path / "half.jsonl").write_text(json.dumps({"question_id": "other", "gold": ["x"]}))
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps({**row, "text": "A river. " * 4000}) for row in corpus))
     for refused, said in [
         (["--fit", "nowhere"], "nowhere is no dhlens run"),
         (["--candidates", "0"], "needs a question, a candidate"),
         (["--gold", str(tmp_path / "half.jsonl")], "every question needs gold passages"),
         (["--policies", "oracle"], "--policies must be one of predicted"),
+        (["--corpus", str(tmp_path / "long.jsonl")], "a prompt must fit the model's"),
     ]:
-        (tmp_path / "half.jsonl").write_text(json.dumps({"question_id": "other", "gold": ["x"]}))
         monkeypatch.setattr("sys.argv", ["dhlens", *command, "--out", str(tmp_path / "late"), *refused])
         with pytest.raises(SystemExit):
             main()

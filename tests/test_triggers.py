@@ -1,11 +1,13 @@
 """Sentences, words and triggers of hand-made drafts; RIND worked by hand in both forms."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 
-from dhlens.triggers import RIND, Draft, MeanEntropy, every_sentence, is_content, never
+from dhlens.triggers import RIND, Draft, MeanEntropy, check_trigger, every_sentence, is_content, never, reading
 
 PIECES = ("The", " capital", " is", " Par", "is", ".", " It", " lies", " on", " the", " Seine", ".")
 """Two sentences; "Paris" in two tokens."""
@@ -82,6 +84,7 @@ def test_a_sentence_of_stop_words_never_triggers():
 
 def test_mean_entropy_asks_for_the_mean_of_a_sentence():
     one = draft(entropy=[0.0, 6.0, 0, 0, 0, 0, *[2.0] * 6])
+    assert MeanEntropy().values(one).tolist() == [1.0] * 6 + [2.0] * 6
     assert MeanEntropy(1.5)(one) == 6 and MeanEntropy(0.9)(one) == 0 and MeanEntropy(2.1)(one) is None
 
 
@@ -92,6 +95,30 @@ def test_every_and_never():
 def test_empty_drafts_trigger_nothing():
     empty = draft((), [], attention=torch.zeros(0, 0), alone=torch.zeros(0))
     assert all(trigger(empty) is None for trigger in (RIND(), RIND(form="published"), MeanEntropy()))
+
+
+class Own:
+    """A trigger of the user's own."""
+
+    def __init__(self, values, threshold=1.0):
+        self.values, self.threshold = values, threshold
+
+    def __call__(self, draft):
+        return None
+
+
+def test_what_a_trigger_reads_is_numbers_or_nothing():
+    one = draft(alone=torch.ones(12))
+    values, threshold = reading(RIND(0.5), one)
+    assert values == RIND(0.5).values(one).tolist() and threshold == 0.5
+    for silent in (never, Own({"a": 1}), Own(None)):
+        assert reading(silent, one)[0] == [] and math.isnan(reading(silent, one)[1])
+    assert reading(Own(lambda d: [2] * len(d.tokens), np.float32(0.5)), one) == ([2.0] * 12, 0.5)
+    for wrong in (lambda d: [1.0], lambda d: [[1.0] * 12], lambda d: [math.inf] * 12, lambda d: ["a"] * 12):
+        with pytest.raises(ValueError, match="of the trigger"):
+            reading(Own(wrong), one)
+    with pytest.raises(ValueError, match="must be numbers"):
+        check_trigger(Own(lambda d: [1.0] * len(d.tokens), threshold=print))
 
 
 def test_what_a_trigger_cannot_take_is_refused():

@@ -1,14 +1,35 @@
 """Questions that are asked, and others to fit policies on: what `dhlens rag` and `dhlens rerank` share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dhlens.cli import options as o
 
 
-def questions(given: Mapping[str, Any]) -> tuple[Any, list[Any], Any]:
-    """The loaded model, the questions to ask, and others that share no gold document with these; for `trace`.
+@dataclass(frozen=True)
+class Asked:
+    """Questions to ask, and others that share no gold document with these."""
+
+    model: Any
+    """Loaded."""
+    episodes: list[Any]
+    """To ask."""
+    others: list[Any]
+    """To fit policies on."""
+    earlier: Any
+    """The trace of a finished scan of these others; None where they have yet to be observed."""
+
+    def trace(self, given: Mapping[str, Any], *, progress: bool) -> Any:
+        """The others, observed: now, in a folder of their own, where no finished scan was given."""
+        if self.earlier is not None:
+            return self.earlier
+        return _observed(self.model, self.others, beside(given["out"], "fit"), given["max_new_tokens"], progress)
+
+
+def questions(given: Mapping[str, Any]) -> Asked:
+    """The model is loaded and the questions are read; nothing is run.
 
     `given` holds the command's arguments by name: those of the questions, and fit, a number or a finished scan.
 
@@ -25,14 +46,14 @@ def questions(given: Mapping[str, Any]) -> tuple[Any, list[Any], Any]:
     if fit.isdecimal() and int(fit) < 3:
         raise ValueError(f"--fit must be at least 3 questions, or a finished scan of such, got {fit}")
     earlier = None if fit.isdecimal() else _trace(Path(fit))
-    others = int(fit) if earlier is None else len(earlier.episodes)
+    size = int(fit) if earlier is None else len(earlier.episodes)
     options = o.json_object("template-kwargs", given["template_kwargs"])
     dtype = o.one_of("dtype", given["dtype"], o.DTYPES)
     model = load(given["model"], dtype=dtype, device=given["device"])
     episodes = hotpot.episodes(
         model.tokenizer,
         given["questions"],
-        n=n + others,
+        n=n + size,
         length=given["length"],
         seed=given["seed"],
         template=given["template"],
@@ -43,18 +64,11 @@ def questions(given: Mapping[str, Any]) -> tuple[Any, list[Any], Any]:
     heads = model.n_layers * model.n_heads
     if given["k"] > heads:
         raise ValueError(f"--k must lie within 1..{heads}, the heads of the model, got {given['k']}")
-    fitted = episodes[:others] if earlier is None else earlier.episodes
+    others = episodes[:size] if earlier is None else list(earlier.episodes)
     # groups are named within one reading of a file: those of a scan of another file are known by their documents
-    known = {one for e in fitted for one in (e.group, e.id, *_gold_documents(e))}
+    known = {one for e in others for one in (e.group, e.id, *_gold_documents(e))}
     asked = [e for e in episodes if known.isdisjoint((e.group, e.id, *_gold_documents(e)))][:n]
-    return model, asked, fitted if earlier is None else earlier
-
-
-def trace(given: Mapping[str, Any], model: Any, others: Any, *, progress: bool) -> Any:
-    """The trace of the other questions: read now, in a folder of their own, where it is not that of a finished scan."""
-    if not isinstance(others, list):
-        return others
-    return _observed(model, others, beside(given["out"], "fit"), given["max_new_tokens"], progress)
+    return Asked(model, asked, others, earlier)
 
 
 def _gold_documents(episode: Any) -> set[tuple[int, ...]]:
@@ -69,10 +83,12 @@ def beside(out: Path, name: str) -> Path:
 
 
 def corpus(given: Mapping[str, Any]) -> tuple[Any, dict[str, frozenset[str]]]:
-    """The index of the corpus, and which passages answer which question as far as it is said."""
+    """The index of the corpus, and which passages answer which episode as far as it is said."""
     from dhlens.tasks.corpus import Index, read_corpus, read_gold
+    from dhlens.tasks.pieces import episode_id
 
     gold = {} if given["gold"] is None else read_gold(given["gold"], on_error=given["broken"])
+    gold = {episode_id(question): passages for question, passages in gold.items()}
     return Index.of(read_corpus(given["corpus"], on_error=given["broken"])), gold
 
 

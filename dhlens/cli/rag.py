@@ -41,9 +41,9 @@ def rag(
 ) -> None:
     """Draft, look up what the draft is unsure of where heads look, and answer from these windows alone."""
     given = dict(locals())
+    from dhlens.arms import ELSEWHERE
     from dhlens.choosers import CHOOSERS, reasoning_policies
     from dhlens.cli import fitted
-    from dhlens.inquiry import ELSEWHERE
     from dhlens.lookup import VISIBILITIES
     from dhlens.recipes import rag as run_rag
     from dhlens.recipes.passages import CorpusLookup
@@ -66,12 +66,12 @@ def rag(
         raise ValueError("--gold says which passages of a corpus answer a question: give --corpus as well")
     elsewhere = None if corpus is None else CorpusLookup(*fitted.corpus(given))
     progress = not (quiet or as_json)
-    loaded, asked, others = fitted.questions(given)
-    trace = fitted.trace(given, loaded, others, progress=progress)
+    asked = fitted.questions(given)
+    trace = asked.trace(given, progress=progress)
     choosers = reasoning_policies(trace, k=k, seed=seed)
     result = run_rag(
-        loaded,
-        asked,
+        asked.model,
+        asked.episodes,
         {name: choosers[name] for name in wanted},
         triggers=chosen,
         visibilities=shown,

@@ -38,29 +38,32 @@ def rerank(
     from dhlens.choosers import CHOOSERS, reasoning_policies
     from dhlens.cli import fitted
     from dhlens.recipes import rerank as run_rerank
-    from dhlens.recipes.reranking import check_ranking
+    from dhlens.recipes.passages import CorpusLookup
+    from dhlens.recipes.reranking import candidates_of
 
-    able = [name for name in CHOOSERS if name != "oracle"]  # which needs supporting facts, and candidates have none
+    able = [name for name in CHOOSERS if name not in CorpusLookup.without]
     wanted = o.some_of("policies", policies or ",".join(able), able)
     index, known = fitted.corpus(given)
     progress = not (quiet or as_json)
-    loaded, asked, others = fitted.questions(given)
-    texts = {e.id: str(e.meta["question"]) for e in asked}
-    check_ranking(texts, known, index, candidates=candidates, per_prompt=per_prompt)
-    trace = fitted.trace(given, loaded, others, progress=progress)
+    asked = fitted.questions(given)
+    texts = {e.id: str(e.meta["question"]) for e in asked.episodes}
+    limits = {"candidates": candidates, "per_prompt": per_prompt}
+    candidates_of(asked.model, texts, known, index, **limits, progress=progress)  # refused before anything is read
+    trace = asked.trace(given, progress=progress)
     chosen = reasoning_policies(trace, k=k, seed=seed)
     heads = {}
     if query:
-        heads["query"] = fitted.query_heads(loaded, trace.episodes, k, fitted.beside(out, "query"), progress=progress)
+        heads["query"] = fitted.query_heads(
+            asked.model, trace.episodes, k, fitted.beside(out, "query"), progress=progress
+        )
     result = run_rerank(
-        loaded,
+        asked.model,
         texts,
         known,
         index,
         {name: chosen[name] for name in wanted},
         query_heads=heads,
-        candidates=candidates,
-        per_prompt=per_prompt,
+        **limits,
         seed=seed,
         out=out,
         progress=progress,

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dhlens.detectors import NULL, document_value, query_episodes
@@ -44,16 +44,20 @@ def passage_prompts(model: Model, question: str, passages: Sequence[Passage], *,
     """
     if not passages or per_prompt < 1:
         raise ValueError(f"there must be passages, and at least 1 a prompt, got {len(passages)} and {per_prompt}")
+    null = len(_null(model))
     prompts = []
     for at in range(0, len(passages), per_prompt):
         part = passages[at : at + per_prompt]
         prompt = over_documents(model.tokenizer, question, [passage.document for passage in part], id="passages")
-        if len(prompt.tokens) > model.max_positions:
-            longest = max(part, key=lambda passage: len(passage.text))
+        tokens = len(prompt.tokens) + max(0, null - len(prompt.span("question")))
+        if tokens > model.max_positions:
+            sizes = {passage.id: len(prompt.span(f"doc_{i}")) for i, passage in enumerate(part)}
+            longest = max(sizes, key=lambda name: sizes[name])
+            fewer = "put fewer in a prompt (per_prompt), or " if len(part) > 1 else ""
             raise ValueError(
-                f"{len(part)} passages make a prompt of {len(prompt.tokens):,} tokens, beyond the model's "
-                f"{model.max_positions:,} positions: put fewer in a prompt (per_prompt), or leave the longest, "
-                f"{longest.id!r}, out of the corpus"
+                f"a prompt must fit the model's {model.max_positions:,} positions, and one with {len(part)} of the "
+                f"passages has {tokens:,} tokens, {sizes[longest]:,} of them for the longest, {longest!r}: "
+                f"{fewer}leave that one out"
             )
         prompts.append(prompt)
     return prompts
@@ -93,12 +97,16 @@ def _observed(
     """The rows from the question on, of the question and of the one that asks for nothing."""
     asked = query_episodes([episode])
     if calibrated:
-        null = torch.tensor(model.tokenizer(NULL, add_special_tokens=False)["input_ids"])
-        asked += [dataclasses.replace(query_episodes([episode], null=null)[0], id="null")]
+        asked += [dataclasses.replace(query_episodes([episode], null=_null(model))[0], id="null")]
     focus = tuple(span.name for span in episode.spans if span.name.startswith("doc_"))
     capture = Capture(focus=focus, hidden=sites_of(policies.values()))
     trace = observe(model, asked, rows="query", capture=capture, progress=False)
     return trace.pick([0]), trace.pick([1]) if calibrated else None
+
+
+def _null(model: Model) -> Int[Tensor, " null"]:
+    """The question that asks for nothing."""
+    return torch.tensor(model.tokenizer(NULL, add_special_tokens=False)["input_ids"])
 
 
 def _attention(trace: Trace, heads: HeadSet, start: int, stop: int) -> float:
@@ -145,13 +153,20 @@ class CorpusLookup:
             query = " ".join([question, *filter(is_content, kept)])
             if query not in read:
                 found = [passage for passage, _ in self.index.search(query, self.candidates)]
-                values = read_passages(model, question, found, chosen, per_prompt=self.per_prompt) if found else {}
-                read[query] = found, values
+                read[query] = found, self._values(model, episode, found, chosen) if found else {}
             found, values = read[query]
             order = values[policy].argsort(descending=True, stable=True)[: self.shown].tolist() if found else []
             return self._shown(model, episode, question, [found[i] for i in order])
 
         return lookup
+
+    def _values(
+        self, model: Model, episode: Episode, found: Sequence[Passage], policies: Mapping[str, Policy]
+    ) -> dict[str, Tensor]:
+        try:
+            return read_passages(model, str(episode.meta["question"]), found, policies, per_prompt=self.per_prompt)
+        except ValueError as error:
+            raise ValueError(f"question {episode.id!r}: {error}") from error
 
     def _shown(self, model: Model, episode: Episode, question: str, passages: Sequence[Passage]) -> Found:
         gold = self.gold.get(episode.id)

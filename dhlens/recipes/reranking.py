@@ -89,7 +89,10 @@ class Reranking:
             f"their gold passages are among the candidates ({bm25['candidates'].mean():.0f} on average)."
         ]
         recall = self.tables["summary"].pivot(index="passages", columns="ranking", values="recall")
-        for k in [k for k in (10, 20) if k <= bm25["candidates"].max()]:
+        most = int(bm25["candidates"].max())
+        if most <= 10:
+            return [*lines, f"No ranking has more than {most} candidates: all are among the first 10."]
+        for k in (10, 20) if most > 20 else (10,):
             ranked = recall.loc[k].sort_values(ascending=False)
             said = ", ".join(f"{name} {value:.3f}" for name, value in ranked.items())
             share = (k / bm25["candidates"].where(bm25["candidates"] > 0)).clip(upper=1)
@@ -175,38 +178,36 @@ def rerank(
 
     Raises:
         ValueError: no question, one without gold passages or with some that the corpus lacks, a policy of another
-            model; or see `passage_prompts` and `store.Run.open`.
+            model; or see `candidates_of` and `store.Run.open`.
     """
-    check_ranking(questions, gold, index, candidates=candidates, per_prompt=per_prompt)
     for policy in policies.values():
         policy.check(model.card, model.shape)
+    limits = {"candidates": candidates, "per_prompt": per_prompt}
+    found = candidates_of(model, questions, gold, index, **limits, progress=progress)
     card = model.card.with_settings(
         recipe="rerank",
         questions=digest(*questions, *questions.values()),
         corpus=index.sha256,
         policies={name: f"{policy.name} ({policy.key})" for name, policy in policies.items()},
         query_heads={name: digest(heads) for name, heads in (query_heads or {}).items()},
-        candidates=candidates,
-        per_prompt=per_prompt,
+        **limits,
         stats_seed=seed,
     )
     run = None if out is None else Run.open(out, card)
     if run is not None and run.finished:
         return Reranking.load(run.folder)
     groups = dict(zip(questions, joined([*questions], [sorted(gold[name]) for name in questions]), strict=True))
-    found_for = _found(model, questions, index, candidates, per_prompt, progress=progress)
     parts = []
     with run.alone() if run else nullcontext():
         for name, question in tqdm(questions.items(), desc="rerank", unit="question", disable=not progress):
             if run and run.done(name):
                 parts.append(run.load_part(name))
                 continue
-            found = found_for[name]
             read = {"query_heads": query_heads, "per_prompt": per_prompt}
             values = {name: empty(0) for name in (*policies, *(query_heads or {}))}
-            values |= read_passages(model, question, found, policies, **read) if found else {}
-            values = {"bm25": -arange(len(found)).float(), **values}
-            parts.append(_recalls(gold[name], found, values).assign(question=name, group=groups[name]))
+            values |= read_passages(model, question, found[name], policies, **read) if found[name] else {}
+            values = {"bm25": -arange(len(found[name])).float(), **values}
+            parts.append(_recalls(gold[name], found[name], values).assign(question=name, group=groups[name]))
             if run:
                 run.save_part(name, parts[-1])
         result = Reranking(pd.concat(parts, ignore_index=True), card, seed, run.folder if run else None)
@@ -215,18 +216,21 @@ def rerank(
     return result
 
 
-def check_ranking(
+def candidates_of(
+    model: Model,
     questions: Mapping[str, str],
     gold: Mapping[str, frozenset[str]],
     index: Index,
     *,
-    candidates: int,
-    per_prompt: int,
-) -> None:
-    """Refuse what `rerank` cannot do with these arguments, which are its own.
+    candidates: int = 40,
+    per_prompt: int = 10,
+    progress: bool = True,
+) -> dict[str, list[Passage]]:
+    """What `rerank` would rank for every question; arguments are its own. No model is run.
 
     Raises:
-        ValueError: no question or no candidate, a question without gold passages or with some that the corpus lacks.
+        ValueError: no question, no candidate or none of them a prompt; a question without gold passages or with some
+            that the corpus lacks; candidates that a prompt has no room for, see `passage_prompts`.
     """
     if not questions or candidates < 1 or per_prompt < 1:
         raise ValueError(
@@ -242,12 +246,6 @@ def check_ranking(
             f"gold passages must be in the corpus: {len(elsewhere)} are not, {elsewhere[0]!r} among them; "
             "the gold file belongs to another corpus"
         )
-
-
-def _found(
-    model: Model, questions: Mapping[str, str], index: Index, candidates: int, per_prompt: int, *, progress: bool
-) -> dict[str, list[Passage]]:
-    """The candidates of every question; there is room for them in the prompts."""
     found: dict[str, list[Passage]] = {}
     for name, question in tqdm(questions.items(), desc="candidates", unit="question", disable=not progress):
         found[name] = [passage for passage, _ in index.search(question, candidates)]

@@ -31,7 +31,7 @@ from dhlens import arms
 from dhlens.card import RunCard
 from dhlens.engine import observation_card
 from dhlens.episode import Episode
-from dhlens.inquiry import CONTROLS, ELSEWHERE, REFERENCES, Inquiry, inquire
+from dhlens.inquiry import CONTROLS, REFERENCES, Inquiry, inquire
 from dhlens.limits import at_least_one, check_episodes
 from dhlens.lookup import VISIBILITIES
 from dhlens.model import Model
@@ -43,7 +43,7 @@ from dhlens.render.rag import rag_pictures
 from dhlens.store import Run
 from dhlens.stream import HFStream
 from dhlens.tables import compact
-from dhlens.triggers import RIND, Trigger
+from dhlens.triggers import RIND, Trigger, check_trigger
 from dhlens.views import check_views
 from dhlens.windows import Windows
 
@@ -192,7 +192,7 @@ def rag(
     Raises:
         ValueError: see `limits.check_episodes`, `views.check_views` and `store.Run.open`; an episode without context,
             facts or answer; no policy; an unknown visibility, or "retrieve" without a corpus; windows without a
-            budget; a policy of another model.
+            budget; a policy of another model; see `triggers.check_trigger`.
         TypeError: a policy is something else.
     """
     budgets = sorted({*budgets, *([] if windows.budget is None else [windows.budget])})
@@ -227,13 +227,15 @@ def _check(model: Model, episodes: Sequence[Episode], asked: Inquiry, *, leaks: 
     if not asked.budgets or min(asked.budgets) < 1:
         given = ", ".join(map(str, asked.budgets)) or "none"
         raise ValueError(f"there must be a budget, and each at least 1 token, got {given}")
-    unknown = [v for v in asked.visibilities if v not in (*VISIBILITIES, ELSEWHERE)]
+    unknown = [v for v in asked.visibilities if v not in (*VISIBILITIES, arms.ELSEWHERE)]
     if unknown:
-        raise ValueError(f"a visibility is {', '.join((*VISIBILITIES, ELSEWHERE))}, got {unknown[0]!r}")
-    if ELSEWHERE in asked.visibilities and asked.corpus is None:
+        raise ValueError(f"a visibility is {', '.join((*VISIBILITIES, arms.ELSEWHERE))}, got {unknown[0]!r}")
+    if arms.ELSEWHERE in asked.visibilities and asked.corpus is None:
         raise ValueError('the visibility "retrieve" looks up in a corpus: give corpus=')
     if "never" in asked.triggers:
         raise ValueError('"never" is the name of the references, which no trigger moves; call yours something else')
+    for trigger in asked.triggers.values():
+        check_trigger(trigger)
     for name, policy in asked.policies.items():
         if name in (*REFERENCES, *CONTROLS):
             raise ValueError(f"{name!r} stands in the tables for what no policy chooses: call yours something else")

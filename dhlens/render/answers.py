@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dhlens.arms import referred
+from dhlens.arms import reference_visibility
 from dhlens.render.conditions import styles
 from dhlens.render.draw import BLUE, GREY, INK, need
 
@@ -104,7 +104,7 @@ def answer_curves(summary: pd.DataFrame) -> Figure:
 def _panel(summary: pd.DataFrame, trigger: str, visibility: str, order: Sequence[str]) -> pd.DataFrame:
     """The rows of a panel, one a policy in this order; empty ones where an arm was not run."""
     here = (summary["trigger"] == trigger) & (summary["visibility"] == visibility)
-    never = (summary["trigger"] == "never") & (summary["visibility"] == referred(visibility))
+    never = (summary["trigger"] == "never") & (summary["visibility"] == reference_visibility(visibility))
     return summary.loc[here | never].set_index("policy").reindex(order).reset_index()
 
 

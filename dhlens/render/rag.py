@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ def timeline(question: pd.Series, events: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing, or there is no event.
     """
-    need(events, "kind", "step", "kept", "pieces", "entropy", "values", "threshold", "windows")
+    need(events, "kind", "step", "kept", "pieces", "entropy", "windows")
     if events.empty:
         raise ValueError("a timeline needs the events of one question in one arm, got none")
     n = len(events)
@@ -61,9 +62,10 @@ def timeline(question: pd.Series, events: pd.DataFrame) -> Figure:
     width = min(max(WIDTH, 1.6 + 0.27 * longest), 12)
     figure = Figure(figsize=(width, 1.75 * n + 1.1), layout="constrained")
     grid = figure.subplots(n + 1, 1, squeeze=False, height_ratios=[1.75] * n + [0.6])[:, 0]
-    top = max([max(e, default=0) for name in ("entropy", "values") for e in events[name]] + [1.0])
-    for axes, event in zip(grid, events.to_dict("records"), strict=False):
-        _written(axes, event, longest, top)
+    written = events.to_dict("records")
+    drawn = np.array([0.0, 1.0, *(height for event in written for height in (*event["entropy"], *_compared(event)))])
+    for axes, event in zip(grid, written, strict=False):
+        _written(axes, event, longest, (np.nanmin(drawn), 1.05 * np.nanmax(drawn)))
     _ribbon(grid[-1], question, events)
     asked, right = str(question["question"]), f"right answer: {question['answer']}"
     figure.suptitle(f"{tick(asked, 96)}\n{tick(right, 96)}", fontsize=9)
@@ -145,10 +147,10 @@ def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str
         question, events, arm = example
         found["One answer"] = (
             timeline(question, events),
-            f"{arm}. Bars are the entropy of each token's distribution; pale is what was not kept. Diamonds are what "
-            "the trigger compares with its threshold (dashed), orange above it; the orange line is where the answer "
-            "went back. Below, the documents of the context, the supporting facts in green, and the windows of each "
-            "lookup in orange.",
+            f"{arm}. Bars are the entropy of each token's distribution; pale is what was not kept. Diamonds, where "
+            "there are some, are what the trigger compares with its threshold (dashed), orange above it; the orange "
+            "line is where the answer went back. Below, the documents of the context, the supporting facts in green, "
+            "and the windows of each lookup in orange.",
         )
     if "leak" in tables:
         found["What hidden text still says"] = (
@@ -159,18 +161,28 @@ def rag_pictures(tables: Mapping[str, pd.DataFrame], *, budget: int) -> dict[str
     return found
 
 
-def _written(axes: Axes, event: Mapping[str, Any], longest: int, top: float) -> None:
+def _compared(event: Mapping[str, Any]) -> list[float]:
+    """The trigger's threshold and values; [] where there are none, as in what was looked up and in older runs."""
+    values = event.get("values")
+    if values is None or not np.size(values) or np.ndim(values) != 1:
+        return []
+    return [float(event["threshold"]), *map(float, values)]
+
+
+def _written(axes: Axes, event: Mapping[str, Any], longest: int, within: tuple[Any, Any]) -> None:
     """One draft or sentence: a bar per token, pale where it was not kept."""
     pieces, entropy, kept = event["pieces"], event["entropy"], event["kept"]
     colors = [BLUE if i < kept else "#C9CED3" for i in range(len(pieces))]
     axes.bar(range(len(pieces)), entropy, color=colors, width=0.8)
-    if len(event["values"]):
-        hit = [ORANGE if value > event["threshold"] else GREY for value in event["values"]]
-        axes.scatter(range(len(pieces)), event["values"], c=hit, marker="D", s=14, zorder=3)
-        axes.axhline(event["threshold"], color=GREY, ls="--", lw=0.8)
+    if compared := _compared(event):
+        threshold, *values = compared
+        hit = [ORANGE if value > threshold else GREY for value in values]
+        axes.scatter(range(len(pieces)), values, c=hit, marker="D", s=14, zorder=3)
+        if np.isfinite(threshold):
+            axes.axhline(threshold, color=GREY, ls="--", lw=0.8)
     if event["kind"] == "draft" and kept < len(pieces):
         axes.axvline(kept - 0.5, color=ORANGE, lw=1.5)
-    axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, top * 1.05), ylabel="nats")
+    axes.set(xlim=(-0.6, longest - 0.4), ylim=within, ylabel="nats")
     axes.set_xticks(range(len(pieces)), [tick(p) for p in pieces], rotation=60, ha="right", fontsize=7)
     for label in axes.get_xticklabels()[kept:]:
         label.set_color(GREY)

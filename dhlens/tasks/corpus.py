@@ -22,7 +22,7 @@ import bm25s
 
 from dhlens.cache import cache_dir
 from dhlens.tasks.questions import Document
-from dhlens.tasks.records import collect, records_of, text
+from dhlens.tasks.records import collect, composed, records_of, text
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def _passages(record: Mapping[str, Any], where: str) -> list[Passage]:
 
 def _golds(record: Mapping[str, Any], where: str) -> list[_Gold]:
     named = record.get("gold")
-    if not isinstance(named, list) or not named or not all(isinstance(one, str) for one in named):
+    if not isinstance(named, list) or not named:
         raise ValueError(f"gold must be a list of passage ids, got {named!r:.80}")
-    return [_Gold(text(record, "question_id"), frozenset(named))]
+    return [_Gold(text(record, "question_id"), frozenset(composed(one, "a passage id in gold") for one in named))]
 
 
 class Index:

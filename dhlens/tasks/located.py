@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dhlens.tasks.questions import Document
-from dhlens.tasks.records import Record, collect, composed, objects, rows, text
+from dhlens.tasks.records import Record, collect, composed, is_number, objects, rows, text, whole
 
 Run = tuple[int, int, int]
 """A document, and its first and last unit that belong to a piece of evidence."""
@@ -62,13 +62,13 @@ def contract(record: Mapping[str, Any], where: str) -> Iterator[Located]:
     Those that it does not mention have no evidence and give no question.
     """
     # Offsets count the characters as they came: no composing.
-    whole, spans = record.get("text"), sorted(_ends(span, "spans") for span in rows(record, "spans"))
-    if not isinstance(whole, str) or not spans:
-        raise ValueError("a contract must have text and spans")
+    written, spans = whole(record.get("text"), "text"), sorted(_ends(span, "spans") for span in rows(record, "spans"))
+    if not spans:
+        raise ValueError("a contract must have spans")
     stops = [stop for _, stop in spans]
-    if stops != sorted(set(stops)) or stops[-1] > len(whole):
-        raise ValueError(f"spans must be apart and within the {len(whole)} characters of the text")
-    clauses = tuple(whole[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True))
+    if stops != sorted(set(stops)) or stops[-1] > len(written):
+        raise ValueError(f"spans must be apart and within the {len(written)} characters of the text")
+    clauses = tuple(written[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True))
     documents = (Document("", clauses),)
     for asked in objects(record, "qa"):
         name, label = text(asked, "id"), text(asked, "answer")
@@ -113,12 +113,19 @@ def code(records: Iterable[Record], *, on_error: str) -> list[Located]:
     asked: list[tuple[str, Any]] = []
     for where, record in records:
         if isinstance(record, Mapping) and "text" in record and "path" in record:
-            lines = text(record, "text").split("\n")
-            units = tuple(f"\n{line}" if i else line for i, line in enumerate(lines))
-            files[text(record, "repo"), text(record, "path")] = Document(text(record, "path"), units)
+            try:
+                files |= _code_file(record)
+            except ValueError as error:
+                asked.append((where, error))
         else:
             asked.append((where, record))
     return collect(asked, lambda record, where: [_code_question(record, where, files)], on_error=on_error)
+
+
+def _code_file(record: Mapping[str, Any]) -> dict[tuple[str, str], Document]:
+    lines = text(record, "text").split("\n")
+    units = tuple(f"\n{line}" if i else line for i, line in enumerate(lines))
+    return {(text(record, "repo"), text(record, "path")): Document(text(record, "path"), units)}
 
 
 def _code_question(record: Mapping[str, Any], where: str, files: Mapping[tuple[str, str], Document]) -> Located:
@@ -140,7 +147,7 @@ def _code_question(record: Mapping[str, Any], where: str, files: Mapping[tuple[s
 
 
 def _pair(value: Any, what: str) -> tuple[int, int]:
-    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(end, int) for end in value):
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(map(is_number, value)):
         raise ValueError(f"{what} must be pairs of numbers, got {value!r:.80}")
     return value[0], value[1]
 

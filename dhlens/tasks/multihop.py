@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dhlens.tasks.questions import Document, Question
-from dhlens.tasks.records import Record, collect, composed, objects, records_of, rows, text
+from dhlens.tasks.records import Record, collect, composed, is_number, objects, records_of, rows, text
 from dhlens.tasks.twohop import generate
 
 _HUB = re.compile(r"(?:hub:)?(?P<name>hotpotqa/hotpot_qa)(?::(?P<split>.+))?")
@@ -70,7 +70,9 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
     elif "context" in record:
         documents, facts, kind = _hotpot(record)
     else:
-        raise ValueError(f"a record must have the field context or paragraphs, it has: {', '.join(record) or 'none'}")
+        raise ValueError(
+            f"a record must have the field context or paragraphs, it has: {', '.join(map(ascii, record)) or 'none'}"
+        )
     return Question(
         id=text(record, "_id" if "_id" in record else "id"),
         question=text(record, "question").strip(),
@@ -90,7 +92,7 @@ def _hotpot(record: Mapping[str, Any]) -> tuple[tuple[Document, ...], list[tuple
     documents = tuple(document for document in read if document.text.strip())
     facts = _pairs(record, "supporting_facts", "sent_id")
     named = [_named(documents, composed(title, "title"), sentence) for title, sentence in facts]
-    return documents, named, str(record.get("type", ""))
+    return documents, named, composed(str(record.get("type", "")), "type")
 
 
 def _musique(record: Mapping[str, Any]) -> tuple[tuple[Document, ...], list[tuple[int, int]], str]:
@@ -134,7 +136,7 @@ def _named(documents: Sequence[Document], title: str, sentence: Any) -> tuple[in
     titled = [i for i, document in enumerate(documents) if document.title == title]
     if not titled:
         raise ValueError(f"a supporting fact names {title!r}, and no document with text is called so")
-    if not isinstance(sentence, int) or isinstance(sentence, bool):
+    if not is_number(sentence):
         raise ValueError(f"a supporting fact must name a sentence by its number, got {sentence!r}")
     holding = [i for i in titled if 0 <= sentence < len(s := documents[i].sentences) and s[sentence].strip()]
     if len(holding) > 1:

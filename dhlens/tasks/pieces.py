@@ -94,6 +94,11 @@ def standing(text: str, phrase: str) -> re.Match[str] | None:
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text)
 
 
+def episode_id(name: str) -> str:
+    """The id of an episode made of the question of this id: it names files, so other characters become "_"."""
+    return re.sub(r"[^\w.=-]|^\.", "_", name)
+
+
 @dataclass(frozen=True, eq=False)
 class Draft:
     """An episode before its pieces are laid."""
@@ -114,7 +119,7 @@ class Draft:
         tokens, spans = lay(tokenizer, self.prompt, self.pieces)
         reply, _ = encode(tokenizer, self.prompt.lead + self.answer, after=tokenizer.decode(tokens[-1:]))
         return Episode(
-            id=re.sub(r"[^\w.=-]|^\.", "_", self.id),
+            id=episode_id(self.id),
             tokens=tokens,
             answer=torch.tensor(reply, dtype=torch.long),
             spans=(*spans, *answer_span(tokenizer, self.pieces, spans, self.answer)),
@@ -149,8 +154,8 @@ def finished(
         left_out += made is None
         drafts += [made] if made is not None else []
     if len(drafts) < (n or 1):
-        short = f", and the evidence of {left_out} does not fit the length" if left_out else ""
-        raise ValueError(f"{n or 1} questions are asked for, the source has {len(order)}{short}")
+        unfit = f", and the evidence of {left_out} does not fit the length" if left_out else ""
+        raise ValueError(f"{n or 1} questions are asked for, the source has {len(order)}{unfit}")
     episodes = [made.episode(tokenizer, left_out=left_out) for made in drafts]
     for episode in episodes:
         if max_positions is not None and len(episode.tokens) > max_positions:

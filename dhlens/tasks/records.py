@@ -10,6 +10,7 @@ import gzip
 import json
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -56,8 +57,8 @@ def records_of(source: str | Path) -> Iterator[Record]:
 def _file_records(path: Path) -> Iterator[Record]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        rows = None if ".jsonl" in path.name else json.loads(raw)
-    except (OSError, EOFError, ValueError) as error:
+        rows = None if ".jsonl" in path.name else json.loads(raw.decode("utf-8-sig"))
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if rows is None:
         lines = ((i, line) for i, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1) if line.strip())
@@ -73,7 +74,7 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
         return ValueError(f"no UTF-8: {error}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return ValueError(f"broken JSON: {error}")
 
 
@@ -132,13 +133,27 @@ def composed(value: Any, field: str) -> str:
     """`value` in composed form; `field` says what it is.
 
     Raises:
+        ValueError: see `whole`.
+    """
+    return unicodedata.normalize("NFC", whole(value, field))
+
+
+def whole(value: Any, field: str) -> str:
+    """`value` as it came; `field` says what it is.
+
+    Raises:
         ValueError: it is no text, or holds half of a character (a surrogate without its other half).
     """
     if not isinstance(value, str):
         raise ValueError(f"{field} must be text, got {value!r:.80}")
     if half := next((c for c in value if "\ud800" <= c <= "\udfff"), None):
         raise ValueError(f"{field} must be text of whole characters, got half of one, {half!r}, in {value!r:.80}")
-    return unicodedata.normalize("NFC", value)
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def rows(record: Mapping[str, Any], field: str) -> list[Any]:
