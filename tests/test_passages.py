@@ -33,17 +33,9 @@ def index(tmp_path_factory):
     return Index.of(PASSAGES, tmp_path_factory.mktemp("bm25") / "index")
 
 
-def test_a_passage_is_worth_the_attention_from_the_last_token_on_it(model, plain):
-    values = read_passages(model, QUESTION, PASSAGES, {"static": dh.Static(HEADS)})["static"]
-    episode = over_documents(model.tokenizer, QUESTION, [p.document for p in PASSAGES], id="judge")
-    _, patterns, _ = tiny.eager(plain, episode.tokens)
-    row = torch.stack([patterns[layer, head, -1] for layer, head in HEADS]).mean(0)
-    judge = [float(row[episode.span(f"doc_{i}").start : episode.span(f"doc_{i}").stop].sum()) for i in range(3)]
-    assert values.tolist() == pytest.approx(judge, abs=2e-3)
-
-
-def test_query_heads_look_from_the_question_less_the_question_that_asks_for_nothing(model, plain):
-    values = read_passages(model, QUESTION, PASSAGES, {}, query_heads={"qr": HEADS})["qr"]
+def test_a_passage_is_worth_the_attention_from_the_question_less_that_of_one_that_asks_for_nothing(model, plain):
+    policies = {"static": dh.Static(HEADS), "nobody": dh.Static(dh.HeadSet([], model.shape))}
+    found = read_passages(model, QUESTION, PASSAGES, policies)
     judge = []
     looks = []
     for question in (QUESTION, "N/A"):
@@ -62,7 +54,8 @@ def test_query_heads_look_from_the_question_less_the_question_that_asks_for_noth
         floor = look.mean(-1, keepdim=True) - 2 * look.std(-1, keepdim=True)
         kept = (look * (look >= floor)).sum(-1)
         judge.append(float(torch.stack([kept[layer, head] for layer, head in HEADS]).mean()))
-    assert values.tolist() == pytest.approx(judge, abs=2e-3)
+    assert found["static"].tolist() == pytest.approx(judge, abs=2e-3)
+    assert found["nobody"].tolist() == [0, 0, 0]
 
 
 def test_parts_of_the_candidates_are_read_by_themselves(model):

@@ -96,8 +96,8 @@ def test_a_run_goes_on_where_it_was_cut_off(model, index, tmp_path, monkeypatch)
     from dhlens.recipes import reranking
 
     questions = {"q0": QUESTION, "q1": "Which river did the miller watch?"}
-    heads = {"query": HEADS}
-    whole = rerank(model, questions, GOLD, index, POLICIES, query_heads=heads, progress=False)
+    policies = {**POLICIES, "query": dh.Static(HEADS)}
+    whole = rerank(model, questions, GOLD, index, policies, progress=False)
     read, calls = reranking.read_passages, []
 
     def cut(*args, **options):
@@ -108,8 +108,8 @@ def test_a_run_goes_on_where_it_was_cut_off(model, index, tmp_path, monkeypatch)
 
     monkeypatch.setattr(reranking, "read_passages", cut)
     with pytest.raises(KeyboardInterrupt):
-        rerank(model, questions, GOLD, index, POLICIES, query_heads=heads, out=tmp_path / "run", progress=False)
-    found = rerank(model, questions, GOLD, index, POLICIES, query_heads=heads, out=tmp_path / "run", progress=False)
+        rerank(model, questions, GOLD, index, policies, out=tmp_path / "run", progress=False)
+    found = rerank(model, questions, GOLD, index, policies, out=tmp_path / "run", progress=False)
     assert calls == [QUESTION, *[questions["q1"]] * 2]
     pd.testing.assert_frame_equal(found.recall, whole.recall)
     pd.testing.assert_frame_equal(Reranking.load(tmp_path / "run").tables["contrasts"], found.tables["contrasts"])

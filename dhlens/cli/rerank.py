@@ -37,6 +37,7 @@ def rerank(
     given = dict(locals())
     from dhlens.choosers import CHOOSERS, reasoning_policies
     from dhlens.cli import fitted
+    from dhlens.policies import Static
     from dhlens.recipes import rerank as run_rerank
     from dhlens.recipes.passages import CorpusLookup
     from dhlens.recipes.reranking import candidates_of
@@ -51,18 +52,15 @@ def rerank(
     candidates_of(asked.model, texts, known, index, **limits, progress=progress)  # refused before anything is read
     trace = asked.trace(given, progress=progress)
     chosen = reasoning_policies(trace, k=k, seed=seed)
-    heads = {}
     if query:
-        heads["query"] = fitted.query_heads(
-            asked.model, trace.episodes, k, fitted.beside(out, "query"), progress=progress
-        )
+        heads = fitted.query_heads(asked.model, trace.episodes, k, fitted.beside(out, "query"), progress=progress)
+        chosen["query"], wanted = Static(heads), (*wanted, "query")
     result = run_rerank(
         asked.model,
         texts,
         known,
         index,
         {name: chosen[name] for name in wanted},
-        query_heads=heads,
         **limits,
         seed=seed,
         out=out,

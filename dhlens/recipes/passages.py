@@ -3,14 +3,15 @@
     values = read_passages(model, "Which county is Van Hook in?", passages, policies)
     best = values["predicted"].argsort(descending=True)
 
-BM25 finds candidates (`dhlens.tasks.corpus`); they are put into prompts of a few passages each, and a passage's value
-is the attention that the chosen heads pay its tokens from the prompt's last token. `query_heads` are read as QRHead
-does: from the rows of the question, less what the question "N/A" gets. `CorpusLookup` is the visibility "retrieve" of
-dynamic retrieval; `dhlens.recipes.rerank` measures how many gold passages each ranking puts first. Cost: one prefill
-for every `per_prompt` passages, whatever the number of policies.
+BM25 finds candidates (`dhlens.tasks.corpus`); they are put into prompts of a few passages each. Whoever names the
+heads, they are read as QRHead reads its own: a passage's value is the attention that its tokens get from the rows of
+the question to the prompt's end, less what they get where the question is "N/A". From the last token alone, where the
+answer begins, the same heads rank passages hardly better than chance (README). `CorpusLookup` is the visibility
+"retrieve" of dynamic retrieval; `dhlens.recipes.rerank` measures how many gold passages each ranking puts first. Cost:
+one prefill for every `per_prompt` passages, whatever the number of policies, and the question once more.
 
-Source: for the query heads arXiv 2506.09944; that dynamic heads rank passages is ours, arXiv 2602.11162 names it as
-future work.
+Source: for the reading arXiv 2506.09944; that dynamic heads rank passages is ours, arXiv 2602.11162 names it as future
+work.
 """
 
 import dataclasses
@@ -69,51 +70,37 @@ def read_passages(
     passages: Sequence[Passage],
     policies: Mapping[str, Policy],
     *,
-    query_heads: Mapping[str, HeadSet] | None = None,
     per_prompt: int = 10,
 ) -> dict[str, Float[Tensor, " passage"]]:
-    """The value of every passage under every policy, and under every set of query heads.
+    """The value of every passage under every policy: the mean over its heads, 0 where it names none.
 
     Raises:
         ValueError: see `passage_prompts`.
     """
-    names = [*policies, *(query_heads or {})]
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[float]] = {name: [] for name in policies}
     for prompt in passage_prompts(model, question, passages, per_prompt=per_prompt):
-        asked, null = _observed(model, prompt, policies, calibrated=bool(query_heads))
+        asked, null = _observed(model, prompt, policies)
         spans = [span for span in asked.episodes[0].spans if span.name.startswith("doc_")]
+        values = [document_value(asked, null, 0, span) for span in spans]
         for name, policy in policies.items():
             heads = at_row(policy, asked, 0)
-            found[name] += [_attention(asked, heads, span.start, span.stop) for span in spans]
-        for name, heads in (query_heads or {}).items():
-            values = [document_value(asked, null, 0, span) for span in spans]
-            found[name] += [float(value[heads.mask()].mean()) for value in values]
+            found[name] += [float(value[heads.mask()].sum()) / max(len(heads), 1) for value in values]
     return {name: torch.tensor(values) for name, values in found.items()}
 
 
-def _observed(
-    model: Model, episode: Episode, policies: Mapping[str, Policy], *, calibrated: bool
-) -> tuple[Trace, Trace | None]:
+def _observed(model: Model, episode: Episode, policies: Mapping[str, Policy]) -> tuple[Trace, Trace]:
     """The rows from the question on, of the question and of the one that asks for nothing."""
-    asked = query_episodes([episode])
-    if calibrated:
-        asked += [dataclasses.replace(query_episodes([episode], null=_null(model))[0], id="null")]
+    null = dataclasses.replace(query_episodes([episode], null=_null(model))[0], id="null")
+    asked = [*query_episodes([episode]), null]
     focus = tuple(span.name for span in episode.spans if span.name.startswith("doc_"))
     capture = Capture(focus=focus, hidden=sites_of(policies.values()))
     trace = observe(model, asked, rows="query", capture=capture, progress=False)
-    return trace.pick([0]), trace.pick([1]) if calibrated else None
+    return trace.pick([0]), trace.pick([1])
 
 
 def _null(model: Model) -> Int[Tensor, " null"]:
     """The question that asks for nothing."""
     return torch.tensor(model.tokenizer(NULL, add_special_tokens=False)["input_ids"])
-
-
-def _attention(trace: Trace, heads: HeadSet, start: int, stop: int) -> float:
-    """Mean over heads of the attention from the last row on a run of keys; 0 without heads."""
-    assert trace.focus is not None and trace.focus_key is not None
-    inside = (trace.focus_key[-1] >= start) & (trace.focus_key[-1] < stop)
-    return float(trace.focus[-1][heads.mask()][:, inside].float().sum()) / max(len(heads), 1)
 
 
 @dataclass(frozen=True, eq=False)

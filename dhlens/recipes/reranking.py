@@ -1,13 +1,13 @@
 """Do heads rank passages better than the words that found them? BM25's candidates of a corpus, ranked again by heads.
 
-    found = rerank(model, questions, gold, index, policies, query_heads={"query": heads}, out="runs/rerank")
+    found = rerank(model, questions, gold, index, policies, out="runs/rerank")
     print(found.summary())
 
 Every ranking orders the same candidates (`dhlens.recipes.passages`), so recall at their number is the same for all, and
 what differs is how many gold passages come first. With `out=` the run is a folder that is resumed after a kill, one
-file per question. Cost: one prefill for every `per_prompt` candidates, two with `query_heads`.
+file per question. Cost: one prefill for every `per_prompt` candidates.
 
-Source: for the query heads arXiv 2506.09944; that dynamic heads rank passages is ours, arXiv 2602.11162 names it as
+Source: for how heads are read arXiv 2506.09944; that dynamic heads rank passages is ours, arXiv 2602.11162 names it as
 future work.
 """
 
@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 
 from dhlens.arms import paired
 from dhlens.card import RunCard, digest
-from dhlens.heads import HeadSet
 from dhlens.model import Model
 from dhlens.policies import Policy
 from dhlens.recipes.passages import passage_prompts, read_passages
@@ -154,7 +153,6 @@ def rerank(
     index: Index,
     policies: Mapping[str, Policy],
     *,
-    query_heads: Mapping[str, HeadSet] | None = None,
     candidates: int = 40,
     per_prompt: int = 10,
     seed: int = 0,
@@ -169,7 +167,6 @@ def rerank(
         gold: id to the passages that answer it.
         index: the corpus.
         policies: who chooses heads; none that needs supporting facts.
-        query_heads: sets of heads to be read as QRHead does.
         candidates: passages that BM25 finds, which are ranked again.
         per_prompt: candidates in one prompt.
         seed: of the bootstrap and the permutations.
@@ -189,7 +186,6 @@ def rerank(
         questions=digest(*questions, *questions.values()),
         corpus=index.sha256,
         policies={name: f"{policy.name} ({policy.key})" for name, policy in policies.items()},
-        query_heads={name: digest(heads) for name, heads in (query_heads or {}).items()},
         **limits,
         stats_seed=seed,
     )
@@ -203,10 +199,9 @@ def rerank(
             if run and run.done(name):
                 parts.append(run.load_part(name))
                 continue
-            read = {"query_heads": query_heads, "per_prompt": per_prompt}
-            values = {name: empty(0) for name in (*policies, *(query_heads or {}))}
-            values |= read_passages(model, question, found[name], policies, **read) if found[name] else {}
-            values = {"bm25": -arange(len(found[name])).float(), **values}
+            values = {"bm25": -arange(len(found[name])).float(), **{name: empty(0) for name in policies}}
+            if found[name]:
+                values |= read_passages(model, question, found[name], policies, per_prompt=per_prompt)
             parts.append(_recalls(gold[name], found[name], values).assign(question=name, group=groups[name]))
             if run:
                 run.save_part(name, parts[-1])
