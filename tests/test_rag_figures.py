@@ -80,6 +80,15 @@ def test_panels_share_one_order_of_policies_and_place_their_own_numbers():
     assert second.collections[1].get_offsets()[:, 0].tolist() == pytest.approx([0.3, 0.1, 0.2, 0.2, 0.2])
 
 
+def test_triggers_stand_side_by_side_a_line_for_each_visibility():
+    table = pd.concat([summary(), summary().query("trigger == 'rind'").assign(trigger="every")])
+    table = table.sort_values("visibility", kind="stable", ascending=False)
+    places = [axes.get_subplotspec() for axes in answer_points(table).axes]
+    titles = [axes.get_title() for axes in answer_points(table).axes]
+    assert titles == ["rind, mask", "every, mask", "rind, concat", "every, concat"]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
 def test_references_alone_make_no_picture():
     with pytest.raises(ValueError, match="an arm with a trigger"):
         answer_points(summary().query("trigger == 'never'"))

@@ -30,6 +30,8 @@ REFERENCES = ("none", "full", "gold")
 def answer_points(summary: pd.DataFrame) -> Figure:
     """F1 of each arm with its interval, a panel per trigger and visibility, policies in one order, references last.
 
+    Several triggers stand side by side, a line for each visibility.
+
     `summary` is that of `dhlens.arms.answer_summary`.
 
     Raises:
@@ -43,7 +45,8 @@ def answer_points(summary: pd.DataFrame) -> Figure:
     order = [*steered.sort_values(ascending=False).index, *REFERENCES]
     arms: list[tuple[str, str]] = list(panels.itertuples(index=False, name=None))
     shown = [_panel(summary, trigger, visibility, order) for trigger, visibility in arms]
-    columns = min(len(shown), 3)
+    triggers = panels["trigger"].nunique()
+    columns = triggers if triggers > 1 else min(len(shown), 3)
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(2.1 + 2.3 * columns, lines * (0.7 + 0.24 * max(map(len, shown)))), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
