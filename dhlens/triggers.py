@@ -6,9 +6,8 @@ A trigger takes a `Draft` and returns the draft's token at which to go back, the
     at = rind(draft)
 
 `MeanEntropy` asks for the mean uncertainty of a sentence alone, `every_sentence` always looks up, `never` does not.
-Your own is a function. If it has `values`, a number for each token, and a `threshold`, as those two have, they are
-drawn in an answer's timeline.
-No model is seen; cost: some text work on a few dozen tokens.
+Your own is a function. If it has `values`, a number for each token, and a `threshold`, as `RIND` and `MeanEntropy`
+have, they are drawn in an answer's timeline. No model is seen; cost: some text work on a few dozen tokens.
 
 Source: Su et al. 2024 (DRAGIN, arXiv 2403.10081), section 3.1 and its published code; they differ, see `RIND`.
 """

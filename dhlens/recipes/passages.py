@@ -5,10 +5,10 @@
 
 BM25 finds candidates (`dhlens.tasks.corpus`); they are put into prompts of a few passages each. Whoever names the
 heads, they are read as QRHead reads its own: a passage's value is the attention that its tokens get from the rows of
-the question to the prompt's end, less what they get where the question is "N/A". From the last token alone, where the
-answer begins, the same heads rank passages far worse. `CorpusLookup` is the visibility "retrieve" of dynamic
-retrieval; `dhlens.recipes.rerank` measures how many gold passages each ranking puts first. Cost: one prefill for every
-`per_prompt` passages, whatever the number of policies, and the question once more.
+the question to the prompt's end, less what they get where the question is "N/A". Values of different prompts are
+ranked together. `CorpusLookup` is the visibility "retrieve" of dynamic retrieval; `dhlens.recipes.rerank` measures how
+many gold passages each ranking puts first. Cost: one prefill for every `per_prompt` passages, whatever the number of
+policies, and the question once more.
 
 Source: for the reading arXiv 2506.09944; that dynamic heads rank passages is ours, arXiv 2602.11162 names it as future
 work.
