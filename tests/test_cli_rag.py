@@ -57,6 +57,15 @@ def test_a_corpus_is_looked_up_in(folder, tmp_path):
     assert [row["policy"] for row in steered] == ["static"] and steered[0]["looked_up"] == 1
 
 
+def test_gold_is_found_by_the_names_that_episodes_have(tmp_path):
+    from dhlens.cli import fitted
+
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "p/0", "title": "Mill", "text": "A mill."}))
+    (tmp_path / "gold.jsonl").write_text(json.dumps({"question_id": "a/b 0", "gold": ["p/0"]}))
+    given = {"corpus": tmp_path / "corpus.jsonl", "gold": tmp_path / "gold.jsonl", "broken": "raise"}
+    assert fitted.corpus(given)[1] == {"a_b_0": frozenset({"p/0"})}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

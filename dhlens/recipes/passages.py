@@ -123,7 +123,8 @@ class CorpusLookup:
     @property
     def key(self) -> str:
         """What tells it from others: the run's card holds it."""
-        return f"{self.index.sha256[:12]}, {self.candidates} to {self.shown}, {self.per_prompt} a prompt"
+        how = f"{self.candidates} to {self.shown}, {self.per_prompt} a prompt, read from the question"
+        return f"{self.index.sha256[:12]}, {how}"
 
     def __call__(self, model: Model, episode: Episode, policies: Mapping[str, Policy]) -> Lookup:
         """Looking up for one question.
